@@ -1,0 +1,273 @@
+"""The values that stages hand to each other, and the manifest that makes one of them durable.
+
+An artifact is a directory: its files, and `manifest.json`, written last. A directory without a manifest, or whose
+files do not have the manifest's digests, is not an artifact. `key` says from what it was made (settings, digests of
+the inputs, tool versions), so a run that would make the same thing again can skip the work.
+
+This module runs on devices: standard library and numpy only, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit import publish
+from deploykit.errors import UsageError, printable
+from deploykit.jsonable import JSON, to_json
+from deploykit.machine import Machine
+
+Tensors = Mapping[str, NDArray[Any]]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SAMPLES = "samples.npz"
+# A manifest of ours is a few kilobytes; a file of another size is not one, and is not read into memory.
+_MANIFEST_LIMIT_BYTES = 4 << 20
+
+
+class Precision(str, Enum):
+    """What most of the arithmetic runs in. INT8 keeps some operators in a float type."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Format(str, Enum):
+    """What kind of file an artifact's main file is."""
+
+    CHECKPOINT = "checkpoint"
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+    OBSERVATIONS = "observations"
+    ENGINE = "engine"
+    REPORT = "report"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype name and shape of an input or output; a string in the shape is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the network's input: resize the shorter side, crop the centre, scale to 0..1, normalise.
+
+    `resize` is None when the picture is only cropped. `crop` is (height, width) in pixels: the input size. With
+    `fit` "stretch" the picture is resized to `crop` and its aspect ratio changes. `mean` and `std` have one value
+    for each channel, in units of the 0..1 scale.
+    """
+
+    resize: int | None
+    crop: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: Literal["RGB", "L"] = "RGB"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    fit: Literal["crop", "stretch"] = "crop"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one network input."""
+        return (len(self.channels), *self.crop)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Golden samples: what parity needs on a machine without torch, data set or image library.
+
+    `reference` is what the FP32 PyTorch module answered; `expected` is what this very graph answers on ONNX Runtime
+    with all optimisations off, where Q/DQ is executed literally. All arrays have the samples in dimension 0.
+    """
+
+    inputs: Tensors
+    reference: Tensors
+    expected: Tensors
+    labels: NDArray[np.int64] | None = None
+
+    def save(self, path: Path) -> None:
+        """Write one .npz; keys are `inputs/NAME`, `reference/NAME`, `expected/NAME` and `labels`."""
+        arrays = {
+            f"{group}/{name}": value
+            for group in ("inputs", "reference", "expected")
+            for name, value in getattr(self, group).items()
+        }
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        # np.savez's own parameters could collide with a tensor's name; a dict of positional pairs cannot reach it,
+        # and every key of ours holds a slash except `labels`.
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Samples:
+        """Read what `save` wrote. Pickled objects are refused by numpy (ValueError)."""
+        groups: dict[str, dict[str, NDArray[Any]]] = {"inputs": {}, "reference": {}, "expected": {}}
+        labels = None
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                group, _, name = key.partition("/")
+                if group == "labels":
+                    labels = archive[key]
+                else:
+                    groups[group][name] = archive[key]
+        return cls(**groups, labels=labels)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished stage result; immutable, and complete on disk when this value exists.
+
+    `path` is the main file; everything beside it belongs to the artifact. `machine` is None when the artifact is
+    portable; an engine names the machine it was built on and is refused elsewhere.
+    """
+
+    path: Path
+    stage: str
+    key: str
+    format: Format
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    sha256: str
+    parents: tuple[str, ...]
+    settings: Mapping[str, JSON]
+    tools: Mapping[str, str]
+    facts: Mapping[str, JSON]
+    machine: Machine | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The artifact's directory."""
+        return self.path.parent
+
+    def samples(self) -> Samples:
+        """The golden samples stored with the artifact."""
+        return Samples.load(self.folder / SAMPLES)
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def make(final: Path, key: str, fill: Callable[[Path], Artifact]) -> Artifact:
+    """Let `fill` write an artifact into an empty directory, and publish it at `final` under `key`, complete or not at all.
+
+    Raises what `fill` raises, and DeploykitError when the file system refuses; then nothing is left behind.
+    """
+    with publish.directory(final) as folder:
+        write_manifest(folder, replace(fill(folder), key=key))
+    return read_artifact(final)
+
+
+def find(final: Path, key: str) -> Artifact | None:
+    """The artifact at `final` if it is complete, undamaged and was made under `key`; else None: it has to be made."""
+    try:
+        found = read_artifact(final)
+    except UsageError:
+        return None
+    return found if found.key == key else None
+
+
+def write_manifest(folder: Path, artifact: Artifact) -> Artifact:
+    """Write the manifest of `artifact`, whose files are all in `folder`; the last write into that directory.
+
+    Returns the artifact with `sha256` filled in: the digest of its main file.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": digest_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    artifact = replace(artifact, sha256=cast(str, files[artifact.path.name]["sha256"]))
+    content = {"schema": SCHEMA, "path": artifact.path.name, "files": files} | {
+        field.name: to_json(getattr(artifact, field.name)) for field in fields(Artifact) if field.name != "path"
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+    return artifact
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read a directory that `write_manifest` finished, and check every file's size and digest.
+
+    Raises UsageError when it is not an artifact, is damaged, or was written by a newer deploykit.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file() or manifest.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise UsageError(f"{printable(folder)} is not a deploykit artifact", why=f"it has no {MANIFEST}")
+    try:
+        content = json.loads(manifest.read_text())
+        if content["schema"] != SCHEMA:
+            raise UsageError(
+                f"{printable(manifest)} has schema {content['schema']!r}; this deploykit reads schema {SCHEMA}",
+                fix="use the deploykit version that wrote it",
+            )
+        for name, entry in content["files"].items():
+            _check_file(folder, name, entry)
+        return Artifact(
+            path=folder / _plain_name(content["path"]),
+            stage=content["stage"],
+            key=content["key"],
+            format=Format(content["format"]),
+            precision=Precision(content["precision"]),
+            inputs=_specs(content["inputs"]),
+            outputs=_specs(content["outputs"]),
+            preprocess=_preprocess(content["preprocess"]),
+            classes=tuple(content["classes"]),
+            sha256=content["sha256"],
+            parents=tuple(content["parents"]),
+            settings=content["settings"],
+            tools=content["tools"],
+            facts=content["facts"],
+            machine=None if content["machine"] is None else Machine.from_json(content["machine"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{printable(manifest)} is damaged", why=f"{type(error).__name__}: {error}") from error
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise UsageError(f"{printable(folder / MANIFEST)} names a file outside its directory: {name!r}")
+    path = folder / pure
+    if not path.is_file() or path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
+        raise UsageError(
+            f"{printable(path)} is not the file that was published",
+            why="it is missing, or its size or SHA-256 differs from the manifest",
+            fix="remove the directory and run again",
+        )
+
+
+def _plain_name(name: str) -> str:
+    if PurePosixPath(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"not a plain file name: {name!r}")
+    return name
+
+
+def _specs(values: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values)
+
+
+def _preprocess(value: Mapping[str, Any]) -> Preprocess:
+    lists = {name: tuple(value[name]) for name in ("crop", "mean", "std")}
+    return Preprocess(**{**value, **lists})

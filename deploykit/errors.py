@@ -1,0 +1,102 @@
+"""Every error that a user can meet, as a tree with one class for each decision a caller might take.
+
+DeploykitError            exit 1   something failed; the message says what, why and what to do
+|-- UsageError            exit 2   what was asked for is wrong: an option, a recipe, a file, an image
+|   |-- RecipeError       exit 2   all problems of one recipe, each with its table and key
+|   |-- ModelError        exit 2   unknown model, unusable factory or checkpoint
+|   `-- DataError         exit 2   images or labels that cannot be used
+|-- StageError            exit 1   a stage's own check failed: its result would have been wrong
+|-- GateFailed            exit 3   a gate said no: parity, accuracy, or a precision that was not realised
+|-- CapabilityError          exit 4   this machine does not have what was required (a runtime, a GPU)
+`-- CannotTell            exit 5   not enough images or processes to decide a gate
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DeploykitError(Exception):
+    """What failed, why, and what to do about it.
+
+    `what` is one line; `why` and `fix` are optional sentences; `problems` lists all findings when several were
+    collected before raising.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "", problems: Sequence[str] = ()) -> None:
+        self.what, self.why, self.fix, self.problems = what, why, fix, tuple(problems)
+        lines = [what, *(f"  - {problem}" for problem in self.problems)]
+        if why:
+            lines.append(f"  why: {why}")
+        if fix:
+            lines.append(f"  try: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(DeploykitError):
+    """What was asked for is wrong; asking differently helps."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """All problems of one recipe, raised once."""
+
+
+class ModelError(UsageError):
+    """An unknown model, or a factory or checkpoint that cannot be used."""
+
+
+class DataError(UsageError):
+    """Images or labels that cannot be used."""
+
+
+class StageError(DeploykitError):
+    """A stage's postcondition failed, so its result was thrown away."""
+
+
+class CapabilityError(DeploykitError):
+    """This machine lacks what was required: a package, a runtime, a GPU."""
+
+    exit_code = 4
+
+
+_OS_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another place with --output",
+    errno.EDQUOT: "free some of your quota, or choose another place with --output",
+    errno.EROFS: "the file system is mounted read-only: choose another place with --output",
+    errno.EACCES: "check the permissions, or choose another place with --output",
+    errno.EPERM: "check the permissions, or choose another place with --output",
+    errno.ENOTDIR: "part of that path is a file, not a folder: choose another place with --output",
+    errno.ENAMETOOLONG: "choose a shorter path with --output",
+    errno.EIO: "the disk reports a fault: choose another place with --output",
+}
+
+
+@contextmanager
+def translating_os_errors(doing: str, path: Path) -> Iterator[None]:
+    """Turn what a file system refuses into a DeploykitError (exit 1) that names the file and what to do.
+
+    Other OSErrors, such as a file that is not there, pass through: here they are bugs and deserve their traceback.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OS_ADVICE:
+            raise
+        named = error.filename if isinstance(error.filename, (str, Path)) else path
+        raise DeploykitError(
+            f"cannot {doing}: {printable(named)}",
+            why=(error.strerror or str(error)).lower(),
+            fix=_OS_ADVICE[error.errno],
+        ) from error
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that any terminal can print: bytes that are not UTF-8 appear as \\xNN."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

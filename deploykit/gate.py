@@ -1,0 +1,158 @@
+"""Gate rules: one line of text that says what must hold before an engine ships.
+
+    disagreements <= 2          images on which the engine and FP32 PyTorch choose another class
+    agreement >= 99 %           the share of images on which they choose the same class
+    drop <= 0.5 points          top-1 accuracy lost, in percentage points, on labelled images
+
+A count is decided exactly. A share or a drop is an estimate from a sample of images, so it is judged by its 95 %
+interval: wholly inside the limit passes, wholly outside fails, anything else cannot be told from so few images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from math import ceil, sqrt
+
+_RULE = re.compile(r"^\s*(?P<metric>\w+)\s*(?P<operator><=|>=)\s*(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>%|points)?\s*$")
+_METRICS = {"disagreements": ("<=", None), "agreement": (">=", "%"), "drop": ("<=", "points")}
+_Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
+
+
+class Verdict(str, Enum):
+    """What a gate says. `cannot tell` is neither: more images would decide it."""
+
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    CANNOT_TELL = "cannot tell"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parsed gate rule."""
+
+    metric: str
+    limit: float
+
+    def __str__(self) -> str:
+        operator, unit = _METRICS[self.metric]
+        return f"{self.metric} {operator} {self.limit:g}{f' {unit}' if unit else ''}"
+
+
+@dataclass(frozen=True)
+class PairedCounts:
+    """How two classifiers did on the same images.
+
+    `disagreements` counts images with another top-1 class. With labels, `lost` counts images only the reference got
+    right and `gained` those only the engine got right; both are None without labels.
+    """
+
+    images: int
+    disagreements: int
+    lost: int | None = None
+    gained: int | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """A rule, what was observed, its 95 % interval (None for an exact count), and the verdict with its reason."""
+
+    rule: str
+    verdict: Verdict
+    observed: float
+    interval: tuple[float, float] | None
+    reason: str
+
+
+def parse_rule(text: str) -> Rule:
+    """Parse one rule. Raises ValueError with the reason when it is not one of the forms above."""
+    match = _RULE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'disagreements <= 2'")
+    metric, operator, unit = match["metric"], match["operator"], match["unit"]
+    if metric not in _METRICS:
+        raise ValueError(f"{text!r}: unknown metric {metric!r}; known are {', '.join(_METRICS)}")
+    if (operator, unit) != _METRICS[metric]:
+        wanted = Rule(metric, float(match["limit"]))
+        raise ValueError(f"{text!r}: write {str(wanted)!r}")
+    if metric == "agreement" and float(match["limit"]) > 100:
+        raise ValueError(f"{text!r}: no agreement is above 100 %")
+    return Rule(metric, float(match["limit"]))
+
+
+def judge(rule: Rule, counts: PairedCounts) -> GateResult:
+    """Judge one rule. Raises ValueError when a drop is asked for and there are no labels."""
+    if rule.metric == "disagreements":
+        verdict = Verdict.PASS if counts.disagreements <= rule.limit else Verdict.FAIL
+        reason = f"{counts.disagreements} of {counts.images} images"
+        return GateResult(str(rule), verdict, counts.disagreements, None, reason)
+    if rule.metric == "agreement":
+        observed = 100 * (1 - counts.disagreements / counts.images)
+        low, high = wilson_interval(counts.images - counts.disagreements, counts.images)
+        interval = (100 * low, 100 * high)
+        inside, outside = interval[0] >= rule.limit, interval[1] < rule.limit
+    else:
+        if counts.lost is None or counts.gained is None:
+            raise ValueError(f"'{rule}' needs labelled images")
+        observed = 100 * (counts.lost - counts.gained) / counts.images
+        low, high = paired_difference_interval(counts.lost, counts.gained, counts.images)
+        interval = (100 * low, 100 * high)
+        inside, outside = interval[1] <= rule.limit, interval[0] > rule.limit
+    verdict = Verdict.PASS if inside else Verdict.FAIL if outside else Verdict.CANNOT_TELL
+    reason = f"observed {observed:.2f}, 95 % interval {interval[0]:.2f} to {interval[1]:.2f} on {counts.images} images"
+    if verdict is Verdict.CANNOT_TELL:
+        reason += _how_many_would_decide(rule, observed, interval, counts.images)
+    return GateResult(str(rule), verdict, observed, interval, reason)
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
+    share, z2 = successes / trials, _Z95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 / (1 + z2 / trials) * sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
+    """95 % score interval of (lost - gained) / images for paired decisions.
+
+    The interval holds every difference that the score test of Tango (Statistics in Medicine 17, 1998) does not
+    reject. Unlike a bootstrap it stays honest when nothing flipped: 0 of n flips still allows about 3.8 / n.
+    """
+
+    def score(difference: float) -> float:
+        # Tango's equation 3: the restricted maximum-likelihood estimate of P(gained), then the score statistic.
+        a = 2 * images
+        b = -lost - gained + (2 * images - lost + gained) * difference
+        c = -gained * difference * (1 - difference)
+        gained_share = (sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+        variance = images * (2 * gained_share + difference * (1 - difference))
+        numerator = lost - gained - images * difference
+        return numerator / sqrt(variance) if variance > 0 else 0.0 if numerator == 0 else float("inf") * numerator
+
+    estimate = (lost - gained) / images
+    return _bisect(score, _Z95, -1.0, estimate), _bisect(score, -_Z95, estimate, 1.0)
+
+
+def smallest_visible_drop(images: int) -> float:
+    """Percentage points that accuracy may have lost, at 95 %, when not one of `images` paired decisions flipped."""
+    return 100 * paired_difference_interval(0, 0, images)[1]
+
+
+def _how_many_would_decide(rule: Rule, observed: float, interval: tuple[float, float], images: int) -> str:
+    """The half-width of an interval shrinks with the square root of the number of images."""
+    distance = abs(observed - rule.limit)
+    if distance == 0:
+        return "; the observed value is the limit itself, so no number of images decides it"
+    half = max(interval[1] - observed, observed - interval[0])
+    return f"; about {ceil(images * (half / distance) ** 2)} images would decide it"
+
+
+def _bisect(score: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The argument in [low, high] at which the falling function `score` passes `target`."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if score(middle) > target else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,115 @@
+"""What machine this is, as far as results depend on it: architecture, CPU features, cores, GPU, versions.
+
+This module runs on devices: standard library only, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# The features that decide which int8 kernels ONNX Runtime and OpenVINO pick; /proc/cpuinfo's own words.
+_FEATURES = {
+    "x86_64": ("sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
+    "aarch64": ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+}
+_PACKAGES = ("deploykit", "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine. Two results may be compared only when their machines' `identity` is the same."""
+
+    arch: str
+    cpu: str
+    features: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+    gpu: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def probe(cls) -> Machine:
+        """Look at the machine this process runs on. Takes milliseconds; imports none of the packages it lists."""
+        info = _read(Path("/proc/cpuinfo"))
+        flags = set((_field(info, "flags") or _field(info, "Features")).split())
+        return cls(
+            arch=platform.machine(),
+            cpu=_field(info, "model name") or platform.processor() or "unknown",
+            features=tuple(name for name in _FEATURES.get(platform.machine(), ()) if name in flags),
+            cores=available_cores(),
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            system=f"{platform.system()} {platform.release()}",
+            python=platform.python_version(),
+            gpu=_gpu(),
+            versions={name: version for name in _PACKAGES if (version := installed_version(name))},
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Machine:
+        """The inverse of `jsonable.to_json`."""
+        return cls(**{**value, "features": tuple(value["features"])})
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be equal for two measurements, or an engine and its reader, to belong together."""
+        return (self.arch, self.cpu, self.features, self.cores, self.gpu)
+
+    @property
+    def has_int8_dot_product(self) -> bool:
+        """Whether the CPU multiplies int8 without intermediate saturation (VNNI, AMX, or ARM's dot product)."""
+        return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & set(self.features))
+
+
+def available_cores() -> int:
+    """Cores this process may use: its CPU affinity, lowered by a container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a package, without importing it; None when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    """Name and driver of the first NVIDIA GPU; None when there is no working nvidia-smi."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout.strip() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(info: str, name: str) -> str:
+    for line in info.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""

@@ -1,0 +1,361 @@
+"""Every stage in order, from a recipe to a report: read `run` first.
+
+A stage whose inputs, settings and tool versions have the digest of a finished directory is skipped, so a run that was
+killed goes on where it stopped, and running a finished recipe again takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+from deploykit import artifact, benchmark, publish, runtimes
+from deploykit.artifact import Artifact, Format, Precision
+from deploykit.build import Engine, build
+from deploykit.data import Images
+from deploykit.errors import CapabilityError, UsageError, printable
+from deploykit.jsonable import digest, to_json
+from deploykit.machine import Machine, installed_version
+from deploykit.progress import Progress, silent
+from deploykit.recipe import Recipe, dump
+from deploykit.report import html
+from deploykit.report.result import Stage, benchmark_facts, result
+from deploykit.sources import Sources
+
+RECIPE, RESULT, REPORT = "recipe.toml", "result.json", "report.html"
+_TOOLS = ("deploykit", "numpy", "pillow", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_FEW_IMAGES = 32
+
+
+def clean(out: Path, *, everything: bool = False) -> list[Path]:
+    """Remove what killed runs left in `out`, or with `everything` the whole run; returns what was removed.
+
+    Raises UsageError when `out` is not the folder of a run, or another run is at work there.
+    """
+    if not (out / RECIPE).is_file():
+        raise UsageError(f"{printable(out)} is not the output folder of a run", why=f"it has no {RECIPE}")
+    with publish.lock(out):
+        removed = [out] if everything else publish.leftovers(out)
+        for path in removed:
+            publish.remove(path)
+    return removed
+
+
+def run(
+    recipe: Recipe, out: Path, *, command: str = "", progress: Progress = silent, clock: Callable[[], float] = perf_counter
+) -> Mapping[str, Any]:
+    """Do everything that `recipe` asks for in the folder `out`, and return the content of `result.json`.
+
+    Raises UsageError for input that cannot be used, CapabilityError when a required engine cannot be built here,
+    StageError when a stage's own check fails. A gate that fails is a result: see its `exit_code`.
+    """
+    _require_engines(recipe)
+    with publish.lock(out):
+        _claim(out, recipe)
+        work = Work(recipe, out, Sources(recipe, progress), progress, clock)
+
+        if recipe.finetune is not None:
+            work.sources.finetuned = _finetune(work)
+        exports = [_export(work, kind) for kind in recipe.export.formats]
+        portable = next((found for found in exports if found.format is Format.ONNX), None)
+        models = [] if portable is None or not recipe.build.runtimes else [portable]
+        if portable is not None and recipe.quantize is not None:
+            models += _quantize(work, portable)
+        models = [_half(work, model) if recipe.build.float_type == "fp16" else model for model in models]
+        engines = [engine for model in models for engine in _build(work, model)]
+        compared = _verify(work, exports, engines)
+        measured = _benchmark(work, engines)
+
+        found = result(work.made, work.stages, engines, compared, measured, recipe=recipe, command=command)
+        found["report"] = printable(out / REPORT)
+        publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
+        publish.write_file(out / REPORT, html.render(found).encode())
+        return found
+
+
+@dataclass
+class Work:
+    """One run: what its stages read, where they write, and what became of each."""
+
+    recipe: Recipe
+    out: Path
+    sources: Sources
+    progress: Progress
+    clock: Callable[[], float]
+    stages: list[Stage] = field(default_factory=list)
+    made: dict[str, Artifact] = field(default_factory=dict)
+
+    def stage(
+        self,
+        name: str,
+        make: Callable[[Path], Artifact],
+        *,
+        settings: object = None,
+        parents: Sequence[str],
+        summary: Callable[[Artifact], str],
+    ) -> Artifact:
+        """The artifact of one stage: the finished one if it was made from the same, else one made now."""
+        start = self.clock()
+        key = digest(
+            {
+                "stage": name,
+                "settings": to_json(settings),
+                "parents": list(parents),
+                "tools": {tool: installed_version(tool) for tool in _TOOLS},
+            }
+        )
+        final = self.out / name
+        found = artifact.find(final, key)
+        made = self.made[name] = found if found is not None else artifact.make(final, key, make)
+        status = "done" if found is None else "skipped"
+        self.stages.append(Stage(name, status, self.clock() - start, name, summary(made)))
+        return made
+
+
+def _finetune(work: Work) -> Artifact:
+    settings = work.recipe.finetune
+    assert settings is not None
+
+    def make(folder: Path) -> Artifact:
+        from deploykit.finetune import finetune
+
+        sources = work.sources
+        return finetune(sources.untrained, sources.train, sources.held_out, settings, folder, progress=work.progress)
+
+    return work.stage(
+        "finetune",
+        make,
+        settings=settings,
+        parents=[work.sources.training_digest],
+        summary=lambda made: f"best accuracy on held-out images {100 * cast(float, made.facts['best_val_accuracy']):.1f} %",
+    )
+
+
+def _export(work: Work, kind: str) -> Artifact:
+    settings = work.recipe.export
+
+    def make(folder: Path) -> Artifact:
+        from deploykit import export
+
+        model, images = work.sources.model, work.sources.evaluation
+        some = images.take(range(min(settings.samples, len(images))))
+        golden = next(some.batches(model.preprocess, len(some)))
+        write = export.onnx_model if kind == "onnx" else export.torchscript_model
+        made = write(model, golden, some.labels, settings, folder)
+        inputs = {"images": images.origin, "skipped": list(images.skipped)}
+        return replace(made, facts={**made.facts, **inputs})
+
+    return work.stage(
+        f"export-{kind}",
+        make,
+        settings=settings,
+        parents=[work.sources.digest],
+        summary=lambda made: f"{kind}, max|d| / max|y| against PyTorch {cast(float, made.facts['relative_error']):.1e}",
+    )
+
+
+def _quantize(work: Work, model: Artifact) -> list[Artifact]:
+    """Calibrate once, then one Q/DQ file for the rules of each runtime."""
+    settings = work.recipe.quantize
+    assert settings is not None
+
+    def calibrate(folder: Path) -> Artifact:
+        from deploykit import quantize
+
+        images = work.sources.calibration
+        assert images is not None
+        how = model.preprocess
+        made = quantize.calibrate(
+            model, lambda size: images.batches(how, size), folder, images=len(images), progress=work.progress
+        )
+        return replace(
+            made,
+            facts={
+                **made.facts,
+                "skipped": list(images.skipped),
+                "from": images.origin,
+                "warnings": _doubts(images, work.recipe),
+            },
+        )
+
+    observations = work.stage(
+        "calibrate",
+        calibrate,
+        parents=[model.sha256, work.sources.digest],
+        summary=lambda made: f"{made.facts['tensors']} activations over {made.facts['images']} images",
+    )
+
+    def quantize_for(runtime: str) -> Artifact:
+        def make(folder: Path) -> Artifact:
+            from deploykit import quantize
+
+            return quantize.quantize(model, observations, settings, runtime, folder)
+
+        return work.stage(
+            f"quantize-{runtime}",
+            make,
+            settings=settings,
+            parents=[model.sha256, observations.sha256],
+            summary=lambda made: f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ",
+        )
+
+    return [quantize_for(runtime) for runtime in work.recipe.build.runtimes]
+
+
+def _half(work: Work, model: Artifact) -> Artifact:
+    """The same graph with everything that is float in half precision."""
+
+    def make(folder: Path) -> Artifact:
+        from deploykit.quantize import half
+
+        return half.to_fp16(model, folder)
+
+    return work.stage(
+        f"{model.folder.name}-fp16",
+        make,
+        parents=[model.sha256],
+        summary=lambda made: f"{made.facts['tensors']} float tensors in fp16, {made.facts['underflows']} weights became zero",
+    )
+
+
+def _doubts(images: Images, recipe: Recipe) -> list[str]:
+    """What the user should know about the calibration images; none of it is wrong enough to refuse."""
+    found = []
+    if len(images) < _FEW_IMAGES:
+        found.append(f"only {len(images)} calibration images; ranges are more reliable from {_FEW_IMAGES} on")
+    if len(images) < recipe.data.calibration_images and recipe.data.name is None:
+        found.append(f"{recipe.data.calibration_images} calibration images were asked for, the folder has {len(images)}")
+    return found
+
+
+def _build(work: Work, model: Artifact) -> list[Engine]:
+    """The engines of one model: an INT8 graph is for the runtime whose rules it follows, a float graph for each."""
+    settings = work.recipe.build
+    names = [str(model.facts["rules"])] if model.precision is Precision.INT8 else list(settings.runtimes)
+    return [_build_for(work, model, name) for name in names]
+
+
+def _build_for(work: Work, model: Artifact, runtime: str) -> Engine:
+    settings = work.recipe.build
+    name = f"build-{runtime}-{model.precision.value}"
+    why = 'the recipe says build.engine = "skip"' if settings.engine == "skip" else runtimes.why_not(runtime)
+    if why:
+        work.stages.append(Stage(name, "not built", 0.0, "", why))
+        return Engine(runtime, model, None, why, None)
+    built = work.stage(
+        name,
+        lambda folder: build(model, runtime, folder, threads=settings.threads),
+        settings=[settings.threads, Machine.probe().identity],
+        parents=[model.sha256],
+        summary=lambda made: f"{made.path.stat().st_size / 1e6:.2f} MB",
+    )
+    return Engine.of(runtime, model, built)
+
+
+def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) -> Mapping[str, Any]:
+    """Everything that was made against FP32 PyTorch on the same images, and the gates' verdicts."""
+
+    def make(folder: Path) -> Artifact:
+        from deploykit.verify import verify
+
+        sources = work.sources
+        found = verify(sources.model, sources.evaluation, exports, engines, work.recipe.rules, progress=work.progress)
+        return _report_artifact(exports[0], "parity", found, folder)
+
+    made = work.stage(
+        "parity",
+        make,
+        settings=work.recipe.gate,
+        parents=[work.sources.digest, *_digests(exports, engines)],
+        summary=lambda made: str(made.facts["summary"]),
+    )
+    return _content(made)
+
+
+def _benchmark(work: Work, engines: Sequence[Engine]) -> Mapping[str, Any] | None:
+    """Latency and throughput of every engine that could be built here."""
+    settings = work.recipe.benchmark
+    built = {engine.label: engine.built for engine in engines if engine.built is not None}
+    if not settings.enabled or not built:
+        return None
+
+    def make(folder: Path) -> Artifact:
+        report = benchmark.benchmark(
+            built,
+            processes=settings.processes,
+            queries=settings.queries,
+            warmup=settings.warmup,
+            offline_batch=settings.offline_batch,
+            offline_seconds=settings.offline_seconds,
+            seed=settings.seed,
+            progress=work.progress,
+        )
+        return _report_artifact(next(iter(built.values())), "benchmark", benchmark_facts(report, built), folder)
+
+    made = work.stage(
+        "benchmark",
+        make,
+        settings=[settings, Machine.probe().identity],
+        parents=[engine.sha256 for engine in built.values()],
+        summary=lambda made: str(made.facts["summary"]),
+    )
+    return _content(made)
+
+
+def _report_artifact(about: Artifact, stage: str, content: Mapping[str, Any], folder: Path) -> Artifact:
+    """A stage's findings as an artifact: one JSON file and the line that sums it up."""
+    path = folder / f"{stage}.json"
+    path.write_text(json.dumps(content))
+    facts = {"summary": content["summary"]}
+    return replace(about, path=path, stage=stage, format=Format.REPORT, parents=(about.sha256,), settings={}, facts=facts)
+
+
+def _content(report: Artifact) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], json.loads(report.path.read_text()))
+
+
+def _digests(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:
+    return [found.sha256 for found in (*exports, *(engine.built or engine.model for engine in engines))]
+
+
+def _require_engines(recipe: Recipe) -> None:
+    """Say it before the work and not after: this machine cannot build what is required."""
+    if recipe.build.engine != "require":
+        return
+    for name in recipe.build.runtimes:
+        why = runtimes.why_not(name)
+        if why:
+            fix = 'build.engine = "auto" (--engine auto) makes everything short of the engine'
+            raise CapabilityError(f"a {name} engine is required and cannot be built here", why=why, fix=fix)
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Make `out` this recipe's folder, or refuse when it is another's. Left-overs of killed runs are removed."""
+    path = out / RECIPE
+    text = dump(recipe)
+    if not path.exists():
+        foreign = sorted(found.name for found in out.iterdir() if found.name != ".lock")
+        if foreign:
+            raise UsageError(
+                f"the output folder {printable(out)} is not empty and not of a run",
+                why=f"it holds {', '.join(map(printable, foreign[:5]))}",
+                fix="choose another folder with --output",
+            )
+        publish.write_file(path, text.encode())
+    elif path.read_text() != text:
+        raise UsageError(
+            f"the output folder {printable(out)} belongs to another recipe",
+            why=_first_difference(path.read_text(), text),
+            fix=f"choose another folder with --output, or remove that one with: deploykit clean --all {printable(out)}",
+        )
+    for path in publish.leftovers(out):
+        publish.remove(path)
+
+
+def _first_difference(old: str, new: str) -> str:
+    changed = [f"{a!r} there, {b!r} here" for a, b in zip(old.splitlines(), new.splitlines(), strict=False) if a != b]
+    return f"the first of {len(changed)} differences: {changed[0]}" if changed else "one asks for more than the other"

@@ -1,0 +1,102 @@
+"""Artifact -> Artifact: every float of a graph in half precision, Q/DQ scales included, inputs and outputs float32.
+
+A strongly typed engine computes in the type the graph states, so FP16 is a property of the file and not a build flag.
+With Q/DQ the scales' type is the type of what stays float; FP16 scales exist from opset 19 on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploykit import runtimes
+from deploykit.artifact import SAMPLES, Artifact, Precision
+from deploykit.errors import StageError
+from deploykit.runtimes import onnxruntime
+
+_FP16_MAX = float(np.finfo(np.float16).max)
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+def to_fp16(model: Artifact, folder: Path) -> Artifact:
+    """Write `model.onnx` typed in float16, and its golden samples, into `folder`.
+
+    Raises StageError when a weight or a scale does not fit: beyond 65,504, or a scale that rounds to zero.
+    """
+    graph = ir.load(model.path)
+    underflows = _convert_initializers(graph.graph)
+    for node in graph.graph:
+        for output in node.outputs:
+            if output.dtype == _FLOAT:
+                output.type = ir.TensorType(_HALF)
+        if node.op_type == "Cast" and node.attributes.get_int("to") == _FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", _HALF)
+    _cast_at_the_ends(graph.graph)
+    path = folder / "model.onnx"
+    ir.save(graph, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    golden = model.samples()
+    session = onnxruntime.reference(path)
+    expected = {model.outputs[0].name: runtimes.answers(session, model, runtimes.pieces(model, golden))}
+    session.close()
+    replace(golden, expected=expected).save(folder / SAMPLES)
+    tensors = sum(value.dtype == _HALF for value in graph.graph.initializers.values())
+    precision = Precision.INT8 if model.precision is Precision.INT8 else Precision.FP16
+    facts = {**model.facts, "float_type": "fp16", "tensors": tensors, "underflows": underflows}
+    return replace(model, path=path, stage="quantize", precision=precision, parents=(model.sha256,), facts=facts)
+
+
+def _convert_initializers(graph: ir.Graph) -> int:
+    """Float constants to half; returns how many weights became zero, which is harmless, unlike a scale of zero."""
+    pairs = [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {node.inputs[1].name for node in pairs if node.inputs[1] is not None}
+    problems, underflows = [], 0
+    for name, value in graph.initializers.items():
+        if value.const_value is None or value.dtype != _FLOAT:
+            continue
+        wide = value.const_value.numpy()
+        with np.errstate(over="ignore", under="ignore"):
+            narrow = wide.astype(np.float16)
+        if not np.isfinite(narrow).all():
+            problems.append(f"{name}: {np.abs(wide).max():.4g} is beyond float16's {_FP16_MAX:,.0f}")
+        lost = int(((narrow == 0) & (wide != 0)).sum())
+        if lost and name in scales:
+            problems.append(f"{name}: the scale {np.abs(wide[wide != 0]).min():.3g} rounds to zero in float16")
+        underflows += lost
+        value.const_value = ir.tensor(narrow, name=name)
+        value.type = ir.TensorType(_HALF)
+    if problems:
+        raise StageError("the graph does not fit float16", problems=problems, fix="leave it in fp32")
+    return underflows
+
+
+def _cast_at_the_ends(graph: ir.Graph) -> None:
+    """Inputs and outputs stay float32, so that a program feeds and reads the same whatever the precision."""
+    for value in list(graph.inputs):
+        cast = ir.node("Cast", [value], {"to": _HALF}, name=f"{value.name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+            f"{value.name}/fp16",
+            ir.TensorType(_HALF),
+            value.shape,
+        )
+        readers = list(value.uses())
+        graph.insert_before(graph.node(0), cast)
+        for reader, index in readers:
+            reader.replace_input_with(index, cast.outputs[0])
+    for index, value in enumerate(list(graph.outputs)):
+        name = value.name
+        producer = value.producer()
+        assert producer is not None
+        cast = ir.node("Cast", [value], {"to": _FLOAT}, name=f"{name}/Cast")
+        value.name = f"{name}/fp16"
+        _describe(cast.outputs[0], name, _FLOAT, value.shape)
+        graph.insert_after(producer, cast)
+        graph.outputs[index] = cast.outputs[0]
+
+
+def _describe(value: ir.Value, name: str | None, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), shape

@@ -1,0 +1,142 @@
+"""Q/DQ put into a graph as planned: scales from ranges, weights and biases by the runtime's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from deploykit.errors import StageError
+from deploykit.quantize import place
+from deploykit.quantize.ranges import QuantParameters, Range, affine_uint8, symmetric_int8, weight_scales
+from deploykit.runtimes import QdqRules
+
+
+def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> None:
+    """Put Q/DQ into `model` in place, as `decided` on this same model, with scales from `ranges`.
+
+    Raises StageError when a range is missing or not finite.
+    """
+    parameters = _activation_parameters(decided, ranges, rules)
+    graph = model.graph
+    scale_read: dict[tuple[ir.Node, int], float] = {}
+    for name, uses in decided.uses.items():
+        node, index = uses[0]
+        value = node.inputs[index]
+        assert value is not None
+        dequantized = _add_pair(graph, value, parameters[name])
+        for node, index in uses:
+            node.replace_input_with(index, dequantized)
+            scale_read[node, index] = parameters[name].scale
+    layers = {layer.name for layer in decided.layers if layer.int8}
+    for node in list(graph):
+        if node.op_type in place.LAYERS and node.name in layers:
+            _quantize_weights(graph, node, rules, scale_read[node, 0])
+
+
+def _activation_parameters(decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> dict[str, QuantParameters]:
+    missing = sorted(set(decided.uses) - set(ranges))
+    if missing:
+        raise StageError("these activations were not observed", problems=missing, fix="calibrate again")
+    shared: dict[str, Range] = {}
+    for name in decided.uses:
+        root = decided.groups.get(name, name)
+        shared[root] = shared[root].union(ranges[name]) if root in shared else ranges[name]
+    compute = affine_uint8 if rules.activations == "uint8" else symmetric_int8
+    return {name: compute(shared[decided.groups.get(name, name)]) for name in decided.uses}
+
+
+def _add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> ir.Value:
+    """value -> QuantizeLinear -> DequantizeLinear; returns the last one's output."""
+    name = value.name or ""
+    scale = _constant(graph, f"{name}/scale", np.float32(parameters.scale))
+    zero_point = _constant(graph, f"{name}/zero_point", np.array(parameters.zero_point, parameters.dtype))
+    quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}/QuantizeLinear")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{name}/DequantizeLinear")
+    quantize.outputs[0].name, dequantize.outputs[0].name = f"{name}/quantized", f"{name}/dequantized"
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph.node(0), [quantize, dequantize])
+    else:
+        graph.insert_after(producer, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_scale: float) -> None:
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    assert weight is not None
+    assert weight.const_value is not None
+    assert weight.name is not None
+    values = weight.const_value.numpy().astype(np.float32)
+    axis = _output_axis(node)
+    bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
+    scale = weight_scales(values, axis, bias=bias_values if rules.bias == "int32" else None, input_scale=input_scale)
+    node.replace_input_with(1, _weight_pair(graph, node, weight.name, values, scale, axis, rules))
+    if bias is not None and bias_values is not None and rules.bias == "int32":
+        node.replace_input_with(2, _bias_dequantized(graph, node, bias.name or "", bias_values, scale * np.float32(input_scale)))
+    for value in (weight, bias):
+        if value is not None and value.name is not None and value.is_initializer() and not value.uses():
+            del graph.initializers[value.name]
+
+
+def _weight_pair(
+    graph: ir.Graph,
+    node: ir.Node,
+    name: str,
+    values: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    axis: int,
+    rules: QdqRules,
+) -> ir.Value:
+    label = f"{node.name}/weight"
+    scale_value = _constant(graph, f"{label}/scale", scale)
+    zero_point = _constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int8))
+    nodes = []
+    if rules.weights == "float":
+        source = graph.initializers[name]
+        nodes.append(ir.node("QuantizeLinear", [source, scale_value, zero_point], {"axis": axis}, name=f"{label}/QuantizeLinear"))
+        nodes[0].outputs[0].name = f"{label}/quantized"
+        quantized = nodes[0].outputs[0]
+    else:
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        integers = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
+        quantized = _constant(graph, f"{label}/quantized", integers)
+    nodes.append(
+        ir.node("DequantizeLinear", [quantized, scale_value, zero_point], {"axis": axis}, name=f"{label}/DequantizeLinear")
+    )
+    nodes[-1].outputs[0].name = f"{label}/dequantized"
+    graph.insert_before(node, nodes)
+    return nodes[-1].outputs[0]
+
+
+def _bias_dequantized(
+    graph: ir.Graph, node: ir.Node, name: str, values: NDArray[np.float32], scale: NDArray[np.float32]
+) -> ir.Value:
+    label = f"{node.name}/bias"
+    integers = np.rint(values.astype(np.float64) / scale).astype(np.int32)
+    inputs = [
+        _constant(graph, f"{label}/quantized", integers),
+        _constant(graph, f"{label}/scale", scale),
+        _constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{label}/DequantizeLinear")
+    dequantize.outputs[0].name = f"{label}/dequantized"
+    graph.insert_before(node, dequantize)
+    return dequantize.outputs[0]
+
+
+def _output_axis(node: ir.Node) -> int:
+    """The weights' axis of the output channels."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB")):
+        return 0
+    return 1
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(np.asarray(array).shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

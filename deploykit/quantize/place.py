@@ -1,0 +1,228 @@
+"""Where Q/DQ goes: a plan made from the graph and a runtime's rules. Nothing is changed here; `insert` does that.
+
+A *layer* is a Conv, a Gemm, or a MatMul with constant weights. Its input is quantized, and by rule also its output,
+taken after a Relu or Clip that the runtime fuses into the quantization. Operators that only pass values on (MaxPool,
+Reshape, ...) share one scale between input and output, so that they run on the integers as they are. An Add, Concat or
+average pool runs in int8 only where it stands between int8 neighbours; elsewhere quantizing it costs accuracy and
+time for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from deploykit.runtimes import QdqRules
+
+LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+_FUSED = frozenset({"Relu", "Clip"})
+# Input 0 is the only activation; the values that come out are values that went in (or a pad's zero).
+_PASSING = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Identity"})
+_POOLS = frozenset({"GlobalAveragePool", "AveragePool"})
+_BETWEEN = frozenset({"Add", "Concat"}) | _POOLS
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: whether it is to run in int8, and the reason when not."""
+
+    name: str
+    op: str
+    int8: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be quantized. `uses` maps a tensor to the (node, input index) pairs that read its DQ; `groups` maps it to
+    the name that stands for all tensors sharing its scale."""
+
+    layers: tuple[LayerPlan, ...]
+    uses: Mapping[str, tuple[tuple[ir.Node, int], ...]]
+    groups: Mapping[str, str]
+
+
+def plan(graph: ir.Graph, rules: QdqRules) -> Plan:
+    """Decide by `rules` what of `graph` is quantized; nothing is changed yet."""
+    layers = [_judge(node) for node in graph if node.op_type in LAYERS]
+    int8 = {node for node in graph if node.op_type in LAYERS and not _why_float(node)}
+    quantized = {_input(node) for node in int8}
+    if rules.outputs:
+        quantized |= {_site(node.outputs[0]) for node in int8 if not _site(node.outputs[0]).is_graph_output()}
+    wanting = _wanting(graph, int8)
+    between = {node for node in graph if node.op_type in _BETWEEN and node in wanting}
+    if not rules.outputs:
+        # Only inputs carry Q/DQ: whatever an int8 neighbour reads is quantized where it is read.
+        return _plan_inputs(graph, rules, layers, int8, between)
+    passing = _spread(graph, quantized, between, wanting)
+    groups = _Groups()
+    for node in passing:
+        groups.join(_input(node).name, _site(node.outputs[0]).name)
+    uses = {value.name: tuple(value.uses()) for value in quantized}
+    return Plan(tuple(layers), _named(uses), {name: groups.root(name) for name in _named(uses)})
+
+
+def tensors(graph: ir.Graph, rules: Sequence[QdqRules]) -> list[str]:
+    """The activations whose ranges any of `rules` needs, in graph order."""
+    wanted = {name for rule in rules for name in plan(graph, rule).uses}
+    order = [value.name for value in graph.inputs] + [value.name for node in graph for value in node.outputs]
+    return [name for name in order if name in wanted]
+
+
+def claimed(decided: Plan) -> list[str]:
+    """Names of the layers that the plan says run in int8."""
+    return [layer.name for layer in decided.layers if layer.int8]
+
+
+def _judge(node: ir.Node) -> LayerPlan:
+    why = _why_float(node)
+    return LayerPlan(node.name or "", node.op_type, not why, why)
+
+
+def _why_float(node: ir.Node) -> str:
+    """Why a layer cannot be quantized by any rules; empty when it can."""
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None:
+        return "its weights are computed in the graph, not constant"
+    if node.op_type == "Gemm":
+        alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+        if alpha != 1 or beta != 1 or node.attributes.get_int("transA"):
+            return "the int8 kernels know no alpha, beta or transposed input"
+    if node.op_type == "MatMul" and len(weight.const_value.shape) != 2:
+        return "the int8 kernels take a matrix as weights"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and bias.const_value is None:
+        return "its bias is computed in the graph, not constant"
+    return ""
+
+
+def _plan_inputs(
+    graph: ir.Graph, rules: QdqRules, layers: Sequence[LayerPlan], int8: set[ir.Node], between: set[ir.Node]
+) -> Plan:
+    """Rules that quantize where a value is read (TensorRT)."""
+    uses: dict[str, list[tuple[ir.Node, int]]] = {}
+    groups = _Groups()
+    depth = _depths(graph)
+
+    def read(node: ir.Node, index: int) -> str:
+        value = node.inputs[index]
+        assert value is not None
+        assert value.name is not None
+        uses.setdefault(value.name, []).append((node, index))
+        return value.name
+
+    for node in graph:
+        if node in int8 or (node in between and node.op_type in _POOLS):
+            read(node, 0)
+        elif node in between and node.op_type == "Add":
+            for index in (0, 1) if rules.add == "both" else (_skip_input(node, depth),):
+                read(node, index)
+        elif node in between and node.op_type == "Concat":
+            names = [read(node, index) for index in range(len(node.inputs))]
+            if rules.share_concat_scale:
+                for name in names:
+                    groups.join(name, _site(node.outputs[0]).name)
+    for node in graph:
+        # A pool that hands on integers keeps their scale; the Q in front of it is needed only where a Concat follows.
+        if node.op_type in _PASSING and _input(node).name in uses and _site(node.outputs[0]).name in uses:
+            groups.join(_input(node).name, _site(node.outputs[0]).name)
+    return Plan(tuple(layers), _named({k: tuple(v) for k, v in uses.items()}), {name: groups.root(name) for name in uses})
+
+
+def _spread(graph: ir.Graph, quantized: set[ir.Value], between: set[ir.Node], wanting: set[ir.Node]) -> list[ir.Node]:
+    """Grow `quantized` along the graph through operators that run in int8 between int8 neighbours; returns the passing ones."""
+    passing = []
+    for node in graph:
+        if node.op_type in _PASSING and node in wanting and _input(node) in quantized:
+            passing.append(node)
+        elif not (node in between and all(value in quantized for value in _activations(node))):
+            continue
+        quantized.add(_site(node.outputs[0]))
+    return passing
+
+
+def _wanting(graph: ir.Graph, int8: set[ir.Node]) -> set[ir.Node]:
+    """Operators whose result reaches an int8 layer through nothing but operators that can run in int8."""
+    wanting = set(int8)
+    for node in reversed(list(graph)):
+        if node.op_type in _PASSING | _BETWEEN and _is_between(node):
+            site = _site(node.outputs[0])
+            if any(use.node in wanting and _reads_activation(use.node, use.idx) for use in site.uses()):
+                wanting.add(node)
+    return wanting
+
+
+def _is_between(node: ir.Node) -> bool:
+    """An Add of two activations of one shape; the other operators always qualify."""
+    if node.op_type != "Add":
+        return True
+    return len(_activations(node)) == 2 and node.inputs[0] is not None and node.inputs[1] is not None
+
+
+def _reads_activation(node: ir.Node, index: int) -> bool:
+    return index == 0 or node.op_type in ("Add", "Concat")
+
+
+def _activations(node: ir.Node) -> list[ir.Value]:
+    if node.op_type in ("Add", "Concat"):
+        return [value for value in node.inputs if value is not None and value.const_value is None]
+    return [_input(node)]
+
+
+def _input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _site(value: ir.Value) -> ir.Value:
+    """Where a result is quantized: behind the one Relu or Clip that reads it, else at the result itself."""
+    uses = list(value.uses())
+    if len(uses) == 1 and not value.is_graph_output():
+        reader, index = uses[0]
+        if reader.op_type in _FUSED and index == 0:
+            return reader.outputs[0]
+    return value
+
+
+def _skip_input(node: ir.Node, depth: Mapping[ir.Value, int]) -> int:
+    """The residual's skip branch: the input that is not a layer's own result, else the one that took fewer layers."""
+    producers = [value.producer() if value is not None else None for value in node.inputs]
+    from_layer = [producer is not None and producer.op_type in LAYERS for producer in producers]
+    if from_layer[0] != from_layer[1]:
+        return from_layer.index(False)
+    depths = [depth.get(value, 0) if value is not None else 0 for value in node.inputs]
+    return 0 if depths[0] < depths[1] else 1
+
+
+def _depths(graph: ir.Graph) -> dict[ir.Value, int]:
+    """The largest number of layers between the graph's input and each value."""
+    depth: dict[ir.Value, int] = {}
+    for node in graph:
+        before = max((depth.get(value, 0) for value in node.inputs if value is not None), default=0)
+        for output in node.outputs:
+            depth[output] = before + (node.op_type in LAYERS)
+    return depth
+
+
+def _named(uses: Mapping[str | None, tuple[tuple[ir.Node, int], ...]]) -> dict[str, tuple[tuple[ir.Node, int], ...]]:
+    return {name: tuple((use[0], use[1]) for use in found) for name, found in uses.items() if name is not None and found}
+
+
+class _Groups:
+    """Disjoint sets of tensor names that must share one scale."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        while (above := self._parent.get(name, name)) != name:
+            name = above
+        return name
+
+    def join(self, first: str | None, second: str | None) -> None:
+        assert first is not None
+        assert second is not None
+        self._parent[self.root(first)] = self.root(second)

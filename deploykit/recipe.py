@@ -1,0 +1,370 @@
+"""A recipe: everything a run does, as one frozen value read from TOML. The only place where a parameter is declared.
+
+Each table is a dataclass; each key is a field with its default, range and help text. The command line takes its
+options' defaults, ranges and help from here, and `docs/recipe.md` is generated from it. Unknown keys, wrong types
+and values out of range are collected and raised together. Relative paths are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deploykit.errors import RecipeError, printable
+from deploykit.gate import Rule, parse_rule
+from deploykit.jsonable import digest, to_json
+
+_SIZE_LIMIT_BYTES = 1 << 20
+
+
+def setting(help: str, default: Any = MISSING, *, low: float | None = None, high: float | None = None, path: bool = False) -> Any:
+    """Declare a key: help text, default, inclusive range; `path` marks text that names a file or folder."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "path": path})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable:
+    """Which network, with which weights."""
+
+    name: str = setting("a torchvision classifier, lenet5, cifar_resnet20 (32, 44, 56, 110), FILE.py:factory or module:factory")
+    weights: str = setting("default (the library's best), none (random, seeded) or a checkpoint file", "default")
+    weights_key: str | None = setting("which entry of a checkpoint holds the weights, when it has several", None)
+    classes: int | None = setting(
+        "number of classes; taken from the weights or the data when absent", None, low=1, high=1_000_000
+    )
+    seed: int = setting("seed of random weights", 0, low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessTable:
+    """How a picture becomes an input. Keys that are absent come with the weights."""
+
+    resize: int | None = setting("the shorter side is resized to this many pixels", None, low=1, high=8192)
+    crop: int | None = setting("side of the centre crop: the input size in pixels", None, low=1, high=8192)
+    fit: Literal["crop", "stretch"] | None = setting("crop the centre, or stretch the whole picture to the input size", None)
+    mean: tuple[float, ...] | None = setting("mean of each channel on the 0..1 scale", None, low=-1000, high=1000)
+    std: tuple[float, ...] | None = setting("standard deviation of each channel on the 0..1 scale", None, low=1e-6, high=1000)
+    channels: Literal["RGB", "L"] | None = setting("RGB, or L for greyscale", None)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = setting("how the picture is resized", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTable:
+    """Images: a built-in set by name, or folders."""
+
+    name: Literal["digits"] | None = setting("a built-in data set with train, calibration and test parts", None)
+    train: str | None = setting("folder of training images, one sub-folder a class", None, path=True)
+    calibrate: str | None = setting("folder of images for calibration; labels are not needed", None, path=True)
+    validate: str | None = setting(
+        "folder of labelled images, one sub-folder a class (its name or ImageNet synset)", None, path=True
+    )
+    calibration_images: int = setting("how many images to calibrate on", 64, low=1, high=1_000_000)
+    skip_bad_images: bool = setting("leave out files that are not readable images, and count them", False)
+    seed: int = setting("seed of the split and of the choice of calibration images", 0, low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTable:
+    """Training on the data's train part."""
+
+    epochs: int = setting("passes over the training images", 10, low=1, high=10_000)
+    batch: int = setting("images in one step", 32, low=1, high=65_536)
+    learning_rate: float = setting("peak learning rate", 1e-3, low=1e-8, high=100)
+    weight_decay: float = setting("decoupled weight decay (AdamW)", 0.01, low=0, high=10)
+    warmup: float = setting("share of the steps in which the learning rate rises", 0.1, low=0, high=1)
+    label_smoothing: float = setting("share of the target spread over all classes", 0.0, low=0, high=0.9)
+    shift: int = setting("augmentation: random shift by up to this many input pixels", 0, low=0, high=1024)
+    seed: int = setting("seed of shuffling, augmentation and a new head", 0, low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportTable:
+    """The portable files."""
+
+    formats: tuple[Literal["onnx", "torchscript"], ...] = setting("which files to write", ("onnx",))
+    batch: int | Literal["dynamic"] = setting("dynamic, or a fixed number of images", "dynamic", low=1, high=65_536)
+    opset: Literal[19] = setting("ONNX opset; 19 is the newest that TensorRT 10.3 reads and carries FP16 scales", 19)
+    tolerance: float = setting("largest max|d| / max|y| between an exported file and PyTorch", 1e-4, low=1e-7, high=1)
+    samples: int = setting("golden samples stored with each file", 16, low=1, high=4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeTable:
+    """Post-training quantization to INT8 as Q/DQ in the graph."""
+
+    method: Literal["minmax", "percentile"] = setting("how a range is chosen from what was observed", "minmax")
+    percentile: float = setting("share of the values that a range keeps, in percent (method percentile)", 99.99, low=90, high=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildTable:
+    """Engines."""
+
+    runtimes: tuple[Literal["onnxruntime", "tensorrt"], ...] = setting("which engines to build", ("onnxruntime",))
+    engine: Literal["auto", "require", "skip"] = setting(
+        "auto: build where this machine can, say so where not; require: else exit 4; skip: portable files only", "auto"
+    )
+    float_type: Literal["fp32", "fp16"] = setting(
+        "what stays float in TensorRT's graphs: fp16 types them in half precision", "fp32"
+    )
+    threads: int = setting("threads of a CPU engine; 0 takes the cores this process may use", 0, low=0, high=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkTable:
+    """Latency and throughput, each sample of processes fresh and in random order."""
+
+    processes: int = setting("fresh processes for each engine", 5, low=2, high=1000)
+    queries: int = setting("timed single-stream queries in each process", 30, low=1, high=1_000_000)
+    warmup: int = setting("untimed queries first", 5, low=0, high=100_000)
+    offline_batch: int = setting("images in one offline query", 8, low=1, high=4096)
+    offline_seconds: float = setting("how long each process measures offline throughput", 0.5, low=0, high=3600)
+    seed: int = setting("seed of the order of processes and of the bootstrap", 0, low=0, high=2**32 - 1)
+    enabled: bool = setting("whether to measure at all", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. Tables that are None are stages that do not happen."""
+
+    name: str = setting("name of the run: its report's title and its default output folder")
+    gate: tuple[str, ...] = setting("rules an INT8 engine must pass, such as 'drop <= 0.5 points'", ())
+    model: ModelTable = field()
+    preprocess: PreprocessTable = field(default=PreprocessTable())
+    data: DataTable = field(default=DataTable())
+    finetune: FinetuneTable | None = field(default=None)
+    export: ExportTable = field(default=ExportTable())
+    quantize: QuantizeTable | None = field(default=None)
+    build: BuildTable = field(default=BuildTable())
+    benchmark: BenchmarkTable = field(default=BenchmarkTable())
+
+    @property
+    def digest(self) -> str:
+        """The same for two recipes exactly when they ask for the same."""
+        return digest(to_json(self))
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The parsed gate rules."""
+        return tuple(parse_rule(text) for text in self.gate)
+
+
+def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a TOML file; `overrides` maps `table.key` to a value in TOML syntax (bare words are text).
+
+    Raises RecipeError with all problems at once: unreadable file, TOML syntax, unknown keys, types, ranges, meaning.
+    """
+    import tomllib  # not in Python 3.10, where the device half still imports this module's floor
+
+    try:
+        if path.stat().st_size > _SIZE_LIMIT_BYTES:
+            raise RecipeError(f"{printable(path)} is not a recipe", why=f"it is larger than {_SIZE_LIMIT_BYTES} bytes")
+        content: dict[str, Any] = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {printable(path)}", why=(error.strerror or str(error)).lower()) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{printable(path)} is not valid TOML", why=str(error)) from error
+    return parse(content, base=path.parent, source=printable(path), overrides=overrides)
+
+
+def parse(content: Mapping[str, Any], *, base: Path, source: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Check a mapping and make a Recipe of it; relative paths are taken from `base`, `source` names it in messages.
+
+    Raises RecipeError listing every problem with its table and key.
+    """
+    for dotted, text in (overrides or {}).items():
+        content = _overridden(content, dotted.split("."), _toml_value(text))
+    problems: list[str] = []
+    values = _table(Recipe, content, "", base.absolute(), problems)
+    if problems:
+        raise RecipeError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
+    recipe = Recipe(**values)
+    problems = list(_contradictions(recipe))
+    if problems:
+        raise RecipeError(f"{source} asks for what cannot be done", problems=problems)
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML, keys at their default included, so that it says everything; `parse` gives it back."""
+    import tomli_w
+
+    return tomli_w.dumps(typing.cast(Mapping[str, Any], _without_none(to_json(recipe))))
+
+
+def declared() -> Iterator[tuple[str, Field[Any], Any]]:
+    """Every key as (dotted name, dataclass field, type), in the order of declaration."""
+    hints = typing.get_type_hints(Recipe)
+    for top in fields(Recipe):
+        table = _table_class(hints[top.name])
+        if table is None:
+            yield top.name, top, hints[top.name]
+        else:
+            inner = typing.get_type_hints(table)
+            for item in fields(table):
+                yield f"{top.name}.{item.name}", item, inner[item.name]
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What each key allows but all of them together do not mean anything."""
+    for text in recipe.gate:
+        try:
+            rule = parse_rule(text)
+        except ValueError as error:
+            yield f"gate: {error}"
+            continue
+        if recipe.quantize is None:
+            yield f"gate {text!r} compares INT8 with FP32, but there is no [quantize] table"
+        if rule.metric == "drop" and recipe.data.validate is None and recipe.data.name is None:
+            yield f"gate {text!r} needs labelled images: set data.validate (--validate DIR)"
+        if recipe.model.weights == "none" and recipe.finetune is None:
+            yield f'gate {text!r} judges decisions, and random weights (model.weights = "none") decide nothing'
+    if recipe.finetune is not None and recipe.data.name is None and recipe.data.train is None:
+        yield "[finetune] needs training images: set data.train or data.name"
+    if recipe.quantize is not None and recipe.data.name is None and recipe.data.calibrate is None:
+        yield "[quantize] needs calibration images: set data.calibrate (--calibrate DIR) or data.name"
+    if recipe.quantize is not None and not recipe.build.runtimes:
+        yield "[quantize] follows the rules of a runtime: set build.runtimes (INT8 means another graph for each)"
+    if recipe.build.runtimes and "onnx" not in recipe.export.formats:
+        yield f'build.runtimes = {list(recipe.build.runtimes)} are built from ONNX: add "onnx" to export.formats'
+    if recipe.build.float_type == "fp16" and list(recipe.build.runtimes) != ["tensorrt"]:
+        yield (
+            'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone: ONNX Runtime on a CPU has no float16 '
+            "kernels for convolutions and would cast every layer to float32"
+        )
+    if recipe.data.name is not None:
+        for key in ("train", "calibrate", "validate"):
+            if getattr(recipe.data, key) is not None:
+                yield f"data.name = {recipe.data.name!r} brings its own parts: remove data.{key}"
+    if not recipe.export.formats:
+        yield "export.formats is empty: name onnx, torchscript or both"
+    shape, statistics = recipe.preprocess.channels, ("mean", "std")
+    for key in statistics:
+        values = getattr(recipe.preprocess, key)
+        if values is not None and shape is not None and len(values) != len(shape):
+            yield f"preprocess.{key} has {len(values)} values for {len(shape)} channels ({shape})"
+
+
+def _table(cls: type[Any], content: Any, where: str, base: Path, problems: list[str]) -> dict[str, Any]:
+    name = f"[{where}]" if where else "the recipe"
+    if not isinstance(content, Mapping):
+        problems.append(f"{where}: expected a table, got {_quote(content)}")
+        return {}
+    hints = typing.get_type_hints(cls)
+    known = {item.name: item for item in fields(cls)}
+    for key in content:
+        if key not in known:
+            problems.append(f"{name}: unknown key {key!r}{_nearest(key, known)}")
+    values: dict[str, Any] = {}
+    for key, item in known.items():
+        dotted = f"{where}.{key}" if where else key
+        table = _table_class(hints[key])
+        if key not in content:
+            if item.default is MISSING:
+                problems.append(f"{name}: {key!r} is missing ({item.metadata.get('help', 'a table')})")
+        elif table is not None:
+            inner = _table(table, content[key], dotted, base, problems)
+            if not problems:
+                values[key] = table(**inner)
+        else:
+            values[key] = _value(hints[key], item, content[key], dotted, base, problems)
+    return values
+
+
+def _value(hint: Any, item: Field[Any], value: Any, dotted: str, base: Path, problems: list[str]) -> Any:
+    """One key's value in its declared type, or a problem."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{dotted}: expected a list, got {_quote(value)}")
+            return ()
+        return tuple(_value(arguments[0], item, entry, dotted, base, problems) for entry in value)
+    options = [
+        option for option in (arguments if origin in (types.UnionType, typing.Union) else (hint,)) if option is not type(None)
+    ]
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            return _value(option, item, value, dotted, base, problems)
+        if typing.get_origin(option) is Literal and value in typing.get_args(option) and not isinstance(value, bool):
+            return value
+        if option is float and type(value) in (int, float):
+            return float(_in_range(item, value, dotted, problems))
+        if option is type(value):
+            if not _is_utf8(value):
+                problems.append(f"{dotted}: {printable(value)} is not UTF-8, and recipes are; rename it or make a link to it")
+            if item.metadata["path"] or (dotted == "model.weights" and value not in ("default", "none")):
+                return str(base / Path(value).expanduser())
+            return _in_range(item, value, dotted, problems) if option is int else value
+    problems.append(f"{dotted}: expected {' or '.join(map(_type_name, options))}, got {_quote(value)}")
+    return value
+
+
+def _in_range(item: Field[Any], value: Any, dotted: str, problems: list[str]) -> Any:
+    low, high = item.metadata["low"], item.metadata["high"]
+    # Written so that NaN, which compares false with everything, is out of every range.
+    if not ((low is None or value >= low) and (high is None or value <= high)):
+        problems.append(f"{dotted}: {value!r} is not between {low:g} and {high:g}")
+    return value
+
+
+def _overridden(content: Mapping[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
+    """A copy of `content` with the value at that path; tables on the way are made."""
+    head, *rest = keys
+    if not rest:
+        return {**content, head: value}
+    inner = content.get(head, {})
+    return {**content, head: _overridden(inner if isinstance(inner, Mapping) else {}, rest, value)}
+
+
+def _toml_value(text: str) -> Any:
+    """A value in TOML's syntax; a bare word is text."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _table_class(hint: Any) -> type[Any] | None:
+    for option in (hint, *typing.get_args(hint)):
+        if isinstance(option, type) and is_dataclass(option):
+            return option
+    return None
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _is_utf8(value: Any) -> bool:
+    """Paths from a command line can hold bytes that are not; a recipe with them could not be written down."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _type_name(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(repr(value) for value in typing.get_args(option))
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(option, str(option))
+
+
+def _quote(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

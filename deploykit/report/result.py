@@ -1,0 +1,193 @@
+"""What a run found, as the one JSON value that `--json` prints, `result.json` keeps and the page is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploykit.artifact import Artifact, Format, Precision
+from deploykit.benchmark import BenchmarkReport
+from deploykit.build import Engine
+from deploykit.jsonable import to_json
+from deploykit.machine import Machine
+from deploykit.recipe import Recipe, dump
+
+SCHEMA = 1
+_EXIT_CODES = {"pass": 0, "fail": 3, "cannot tell": 5, None: 0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What became of one stage. `status` is done, skipped (it was finished before) or not built; `path` is its folder."""
+
+    name: str
+    status: str
+    seconds: float
+    path: str
+    summary: str
+
+
+def result(
+    made: Mapping[str, Artifact],
+    stages: Sequence[Stage],
+    engines: Sequence[Engine],
+    compared: Mapping[str, Any],
+    measured: Mapping[str, Any] | None,
+    *,
+    recipe: Recipe,
+    command: str,
+) -> dict[str, Any]:
+    """Bring everything together. `made` maps stages to artifacts.
+
+    `exit_code` is 0, 3 when a gate failed, or 5 when one cannot be decided.
+    """
+    exports = [found for name, found in made.items() if name.startswith("export-")]
+    first = exports[0]
+    verdict = _verdict([found["verdict"] for found in compared["gates"]])
+    return {
+        "schema": SCHEMA,
+        "name": recipe.name,
+        "verdict": verdict,
+        "exit_code": _EXIT_CODES[verdict],
+        "headline": _headline(engines, compared, measured),
+        "model": {
+            "name": recipe.model.name,
+            "weights": first.facts["weights"],
+            "random": compared["random"],
+            "parameters": compared["parameters"],
+            "input": list(first.preprocess.shape),
+            "classes": list(first.classes),
+            "num_classes": first.outputs[0].shape[1],
+            "notes": compared["notes"],
+        },
+        "stages": [asdict(stage) for stage in stages],
+        "finetune": _finetune(made["finetune"]) if "finetune" in made else None,
+        "exports": [_export(found) for found in exports],
+        "calibration": _calibration(recipe, made["calibrate"]) if "calibrate" in made else None,
+        "engines": [_engine(engine) for engine in engines],
+        "parity": compared["parity"],
+        "evaluated_on": compared["evaluated_on"],
+        "gates": compared["gates"],
+        "visible_drop_points": compared["visible_drop_points"],
+        "benchmark": None if measured is None else {key: measured[key] for key in ("settings", "engines", "ratios")},
+        "samples": compared["samples"],
+        "recipe": dump(recipe),
+        "machine": to_json(Machine.probe()),
+        "command": command,
+        "next": next((_on_the_device(engine) for engine in engines if engine.runtime == "tensorrt"), None),
+    }
+
+
+def benchmark_facts(report: BenchmarkReport, engines: Mapping[str, Artifact]) -> dict[str, Any]:
+    """A benchmark's raw samples with what is derived from them: medians, intervals, and ratios to the FP32 engine."""
+    measured = [
+        {
+            "label": found.label,
+            "latency_ns": [list(process) for process in found.latency_ns],
+            "median_ns": found.median_ns,
+            "interval_ns": list(report.median_interval_ns(found.label)),
+            "p90_ns": found.p90_ns,
+            "offline_per_second": list(found.offline_per_second),
+            "load_ns": list(found.load_ns),
+            "bytes": engines[found.label].path.stat().st_size,
+        }
+        for found in report.engines
+    ]
+    ratios = []
+    for label, engine in engines.items():
+        baseline = label.replace(Precision.INT8.value, Precision.FP32.value)
+        if engine.precision is Precision.INT8 and baseline in engines:
+            ratio, interval = report.ratio(label, baseline)
+            ratios.append({"label": f"{label} / {baseline}", "ratio": ratio, "interval": list(interval)})
+    summary = "; ".join(f"{found['label']} {float(str(found['median_ns'])) / 1e6:.3f} ms" for found in measured)
+    settings = {**report.settings, "order": list(report.order), "threads": _threads(engines)}
+    return {"summary": summary, "settings": settings, "engines": measured, "ratios": ratios}
+
+
+def _verdict(verdicts: Sequence[str]) -> str | None:
+    """The worst one; None when nothing was judged."""
+    return next((verdict for verdict in ("fail", "cannot tell", "pass") if verdict in verdicts), None)
+
+
+def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: Mapping[str, Any] | None) -> list[str]:
+    lines = []
+    for engine in engines:
+        if engine.built is None:
+            lines.append(f"no {engine.label} engine was built: {engine.why}")
+        elif engine.model.precision is Precision.INT8 and engine.realised is not None:
+            lines.append(f"int8 {engine.realised.int8}/{len(engine.realised.layers)}")
+    for case in compared["parity"]:
+        if case["precision"] == Precision.INT8.value:
+            lines.append(f"{case['disagreement_count']} of {case['images']} images decided otherwise than FP32 PyTorch")
+            if case["accuracy"] is not None:
+                mine, theirs = 100 * case["accuracy"]["engine"], 100 * case["accuracy"]["reference"]
+                lines.append(f"accuracy {mine:.2f} % (FP32 {theirs:.2f} %)")
+    for ratio in (measured or {}).get("ratios", []):
+        low, high = ratio["interval"]
+        lines.append(f"latency {ratio['ratio']:.2f} times FP32 (95 % {low:.2f} to {high:.2f})")
+    return lines
+
+
+def _on_the_device(engine: Engine) -> str:
+    """The command that builds the engine where it will run; precision is in the graph, so there is no flag for it."""
+    made = engine.model
+    shape = made.inputs[0].shape
+    words = ["trtexec", f"--onnx={made.folder.name}/{made.path.name}", "--stronglyTyped", "--saveEngine=engine.plan"]
+    if isinstance(shape[0], str):
+        for option, batch in (("minShapes", 1), ("optShapes", 1), ("maxShapes", 8)):
+            words.append(f"--{option}={made.inputs[0].name}:{'x'.join(map(str, (batch, *shape[1:])))}")
+    return " ".join(words)
+
+
+def _export(found: Artifact) -> dict[str, Any]:
+    return {
+        "format": found.format.value,
+        "path": f"{found.folder.name}/{found.path.name}",
+        "bytes": found.path.stat().st_size,
+        "relative_error": found.facts["relative_error"],
+        "opset": found.facts.get("opset") if found.format is Format.ONNX else None,
+    }
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    made = engine.built or engine.model
+    realised = None
+    if engine.realised is not None:
+        layers = [to_json(layer) for layer in engine.realised.layers]
+        int8, total = engine.realised.int8, len(layers)
+        realised = {"int8": int8, "total": total, "kernels": dict(engine.realised.kernels), "layers": layers}
+    return {
+        "label": engine.label,
+        "runtime": engine.runtime,
+        "precision": engine.model.precision.value,
+        "built": engine.built is not None,
+        "why": engine.why,
+        "path": f"{made.folder.name}/{made.path.name}",
+        "bytes": made.path.stat().st_size,
+        "realised": realised,
+    }
+
+
+def _calibration(recipe: Recipe, observations: Artifact) -> dict[str, Any]:
+    assert recipe.quantize is not None
+    facts = observations.facts
+    return {
+        "images": facts["images"],
+        "from": facts["from"],
+        "method": recipe.quantize.method,
+        "skipped": facts["skipped"],
+        "warnings": facts["warnings"],
+    }
+
+
+def _finetune(made: Artifact) -> dict[str, Any]:
+    history = json.loads((made.folder / "history.json").read_text())
+    return {"history": history, "train_images": made.facts["train_images"], "val_images": made.facts["val_images"]}
+
+
+def _threads(engines: Mapping[str, Artifact]) -> int | None:
+    threads = {engine.settings.get("intra_op_num_threads") for engine in engines.values()}
+    only = threads.pop() if len(threads) == 1 else None
+    return only if isinstance(only, int) else None

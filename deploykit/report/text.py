@@ -1,0 +1,122 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deploykit.machine import Machine
+
+if TYPE_CHECKING:
+    from deploykit.models import Entry
+
+_WIDTH = 110
+_MARKS = {"pass": "pass", "fail": "FAIL", "cannot tell": "cannot tell"}
+
+
+def run(result: Mapping[str, Any]) -> str:
+    """Stages, what the engines are worth, the gates, and where the report is."""
+    parts: list[Table | str] = [_stages(result["stages"])]
+    model = result["model"]
+    parts.append(f"{model['name']}, {model['weights']}, {model['parameters']:,} parameters")
+    parts += [f"note: {note}" for note in model["notes"]]
+    parts += [f"warning: {warning}" for warning in (result["calibration"] or {}).get("warnings", [])]
+    skipped = (result["calibration"] or {}).get("skipped", [])
+    if skipped:
+        parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
+    parts.append(_comparison(result))
+    parts += [f"no {engine['label']} engine was built: {engine['why']}" for engine in result["engines"] if not engine["built"]]
+    if result.get("next"):
+        parts.append(f"on the device: {result['next']}")
+    if model["random"]:
+        parts.append("RANDOM WEIGHTS: latency is meaningful, decisions are not, and there is no decision gate")
+    parts.append(_gates(result["gates"]))
+    if result["evaluated_on"]["labelled"]:
+        images, drop = result["evaluated_on"]["images"], result["visible_drop_points"]
+        parts.append(f"{images} images cannot show an accuracy drop smaller than {drop:.2f} points")
+    parts.append(f"report: {result['report']}")
+    return _render(parts)
+
+
+def models(entries: Iterable[Entry]) -> str:
+    """The catalogue."""
+    table = _table("", "network", "from", "parameters", "GMACs", "input", "default weights")
+    for entry in entries:
+        size = "x".join(map(str, entry.input_size))
+        weights = entry.weights or "none"
+        table.add_row(entry.name, entry.source, f"{entry.parameters:,}", f"{entry.gmacs:.3g}", size, weights)
+    return _render([table])
+
+
+def doctor(machine: Machine, reasons: Mapping[str, str]) -> str:
+    """The machine, its packages, and why a runtime does not load."""
+    table = _table("this machine", "", "")
+    table.add_row("CPU", f"{machine.cpu} ({machine.arch}), {machine.cores} cores to use")
+    table.add_row("features", ", ".join(machine.features) or "none known")
+    table.add_row("int8 dot product", "yes" if machine.has_int8_dot_product else "no: INT8 may saturate and gains little")
+    table.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB")
+    table.add_row("GPU", machine.gpu or "none found (nvidia-smi)")
+    table.add_row("system", f"{machine.system}, Python {machine.python}")
+    for name, version in machine.versions.items():
+        table.add_row(name, version)
+    runtimes = _table("runtimes", "", "")
+    for name, why in reasons.items():
+        runtimes.add_row(name, "loads" if not why else f"does not load: {why}")
+    return _render([table, runtimes])
+
+
+def _stages(stages: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("", "stage", "", "seconds", "")
+    for stage in stages:
+        table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", stage["summary"])
+    return table
+
+
+def _comparison(result: Mapping[str, Any]) -> Table:
+    """One line for each thing that was compared with PyTorch, with its latency where it was measured."""
+    table = _table("", "", "int8 layers", "top-1", "agreement", "max|d| / max|y|", "SQNR dB", "median ms", "MB")
+    latency = {item["label"]: item for item in (result["benchmark"] or {}).get("engines", [])}
+    engines = {engine["label"]: engine for engine in result["engines"]}
+    for case in result["parity"]:
+        engine, timed = engines.get(case["label"]), latency.get(case["label"])
+        realised = engine["realised"] if engine and engine["realised"] else None
+        errors = case["quantization"]
+        table.add_row(
+            case["label"],
+            f"{realised['int8']}/{realised['total']}" if realised else "",
+            f"{100 * case['accuracy']['engine']:.2f} %" if case["accuracy"] else "",
+            f"{100 * case['agreement']:.2f} %",
+            f"{errors['relative']:.1e}" if errors["relative"] is not None else "not finite",
+            f"{errors['sqnr_db']:.1f}" if errors["sqnr_db"] is not None else "",
+            f"{timed['median_ns'] / 1e6:.3f}" if timed else "",
+            f"{engine['bytes'] / 1e6:.2f}" if engine else "",
+        )
+    return table
+
+
+def _gates(gates: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("", "gate", "verdict", "")
+    for gate in gates:
+        table.add_row(gate["rule"], _MARKS[gate["verdict"]], gate["reason"])
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        *columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns)
+    )
+    return table
+
+
+def _render(parts: Iterable[Table | str]) -> str:
+    """Plain text: a result that is piped into a file is the same as one on a screen."""
+    file = StringIO()
+    console = Console(file=file, width=_WIDTH, color_system=None, markup=False, highlight=False)
+    for part in parts:
+        console.print(part)
+    return file.getvalue()

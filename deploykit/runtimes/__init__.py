@@ -1,0 +1,212 @@
+"""What a runtime is, which ones there are, and the quantization rules that each one states as a value.
+
+The rules stand here and not in the runtimes' modules, because a laptop writes a TensorRT graph without TensorRT.
+This module runs on devices: standard library and numpy only, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.artifact import Artifact, Samples, Tensors
+from deploykit.errors import CapabilityError, UsageError
+from deploykit.machine import installed_version
+
+
+class Session(Protocol):
+    """One loaded model; feed, execute and fetch are apart so that what is being timed is visible."""
+
+    def feed(self, inputs: Tensors) -> None:
+        """Host to device. Raises UsageError on a missing, mis-typed, mis-shaped or non-contiguous array."""
+
+    def execute(self) -> None:
+        """Run once on what was fed; returns when the device is idle."""
+
+    def fetch(self) -> Tensors:
+        """Device to host: copies that a later execute does not change."""
+
+    def close(self) -> None:
+        """Give the memory and threads back."""
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """What one layer of the exported graph really runs in: its kernel in the engine, and why if that is not int8."""
+
+    name: str
+    op: str
+    precision: str
+    kernel: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Realised:
+    """The precision of an engine as built: Conv, Gemm and MatMul layers one by one, and a census of all kernels.
+
+    `kernels` counts by operator what runs on integers ("int8"), what on floats ("float"), and what stands between the
+    two ("boundary": QuantizeLinear, DequantizeLinear).
+    """
+
+    layers: tuple[LayerPrecision, ...]
+    kernels: Mapping[str, Mapping[str, int]]
+
+    @property
+    def int8(self) -> int:
+        """How many of the layers run in int8."""
+        return sum(layer.precision == "int8" for layer in self.layers)
+
+
+class Runtime(Protocol):
+    """A module satisfies this."""
+
+    def build(self, model: Artifact, folder: Path, *, threads: int) -> Artifact:
+        """Write an engine for this machine into `folder`; `threads` 0 means the cores this process may use."""
+
+    def load(self, engine: Artifact) -> Session:
+        """Open an engine that `build` made on a machine like this one. Raises UsageError, naming both, elsewhere."""
+
+    def realised(self, engine: Artifact, model: Artifact) -> Realised:
+        """What the layers of `model` became in `engine`."""
+
+
+@dataclass(frozen=True)
+class QdqRules:
+    """How a runtime wants Q/DQ placed so that it fuses them into int8 kernels.
+
+    activations: "uint8" is affine (zero point anywhere), "int8" is symmetric (zero point 0, always explicit).
+    bias: "int32" is quantized with scale = activation scale * weight scale; "float" stays as it is.
+    weights: "int8" stores integers behind a DequantizeLinear; "float" keeps them in front of Q and DQ.
+    outputs: whether a layer's own output needs Q/DQ, or only the inputs of the layers that read it.
+    add: which inputs of a residual Add are quantized.
+    share_concat_scale: whether all inputs of a Concat and its output must have one scale.
+    """
+
+    activations: Literal["uint8", "int8"]
+    bias: Literal["int32", "float"]
+    weights: Literal["int8", "float"]
+    outputs: bool
+    add: Literal["both", "skip"]
+    share_concat_scale: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered runtime: its module (None: deploykit writes its graphs but does not drive it), its package, what to do
+    when it is missing, and its quantization rules (None: no INT8)."""
+
+    module: str | None
+    package: str
+    install: str
+    rules: QdqRules | None
+
+
+REGISTRY: Mapping[str, Entry] = {
+    # uint8 activations: on x86 the kernels for signed ones are 2.7 times slower (ResNet-50, AVX512-VNNI).
+    "onnxruntime": Entry(
+        "deploykit.runtimes.onnxruntime",
+        "onnxruntime",
+        "pip install 'deploykit[cpu]'",
+        QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=False),
+    ),
+    # No module yet: deploykit writes the graph and the reference answers, and trtexec builds the engine on the device.
+    # TensorRT refuses uint8 data, asymmetric zero points and a DequantizeLinear on an int32 bias (onnx-tensorrt #850).
+    # Its Conv + Add fusion takes the precision of the residual input, so only the skip branch carries Q/DQ.
+    "tensorrt": Entry(
+        None,
+        "tensorrt",
+        "build it on the device with trtexec",
+        QdqRules("int8", bias="float", weights="float", outputs=False, add="skip", share_concat_scale=True),
+    ),
+    "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None),
+}
+
+
+def rules(name: str) -> QdqRules:
+    """The quantization rules of a runtime. Raises UsageError when it has none."""
+    found = REGISTRY[name].rules
+    if found is None:
+        raise UsageError(f"{name} has no INT8: its format cannot hold Q/DQ", fix="quantize for onnxruntime or tensorrt")
+    return found
+
+
+def get(name: str) -> Runtime:
+    """Import a runtime's module. Raises CapabilityError (exit 4) with what to install when its library is missing."""
+    entry = REGISTRY[name]
+    if entry.module is None:
+        installed = installed_version(entry.package)
+        here = f"{entry.package} {installed} is installed" if installed else f"{entry.package} is not installed here either"
+        raise CapabilityError(
+            f"no {name} engine can be built", why=f"this version of deploykit does not drive {name}; {here}", fix=entry.install
+        )
+    try:
+        return cast(Runtime, importlib.import_module(entry.module))
+    except ImportError as error:
+        raise CapabilityError(f"{name} does not load on this machine", why=str(error), fix=entry.install) from error
+
+
+def why_not(name: str) -> str:
+    """Why a runtime cannot be used on this machine; empty when it can."""
+    try:
+        get(name)
+    except CapabilityError as error:
+        return error.why
+    return ""
+
+
+def run(session: Session, inputs: Tensors) -> Tensors:
+    """Feed, execute, fetch."""
+    session.feed(inputs)
+    session.execute()
+    return session.fetch()
+
+
+def answers(session: Session, model: Artifact, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The answers of a one-input, one-output `model` to all batches (n, C, H, W), in order: (images, classes).
+
+    A model with a fixed batch gets its short last batch padded by repetition, and the padding's answers are dropped.
+    """
+    (source,), (result,) = model.inputs, model.outputs
+    size = source.shape[0]
+    found = []
+    for batch in batches:
+        whole = np.resize(batch, (size, *batch.shape[1:])) if isinstance(size, int) and len(batch) < size else batch
+        found.append(run(session, {source.name: whole})[result.name][: len(batch)])
+    return np.concatenate(found)
+
+
+def pieces(model: Artifact, samples: Samples) -> list[NDArray[np.float32]]:
+    """The golden inputs of a one-input model in batches it takes: all at once, or pieces of its fixed size."""
+    inputs, size = samples.inputs[model.inputs[0].name], model.inputs[0].shape[0]
+    step = size if isinstance(size, int) else len(inputs)
+    return [inputs[start : start + step] for start in range(0, len(inputs), step)]
+
+
+def check_inputs(inputs: Tensors, expected: Sequence[tuple[str, str, Sequence[int | str | None]]]) -> None:
+    """Refuse what a runtime would mis-read: `expected` is (name, numpy dtype name, shape); text or None is any size.
+
+    Raises UsageError with every problem.
+    """
+    problems = [f"there is no input named {name!r}" for name in inputs if name not in {item[0] for item in expected}]
+    for name, dtype, shape in expected:
+        if name not in inputs:
+            problems.append(f"input {name!r} is missing")
+            continue
+        array = inputs[name]
+        if array.dtype.name != dtype:
+            problems.append(f"input {name!r} is {array.dtype.name}, the model takes {dtype}")
+        if len(array.shape) != len(shape) or any(
+            isinstance(want, int) and have != want for have, want in zip(array.shape, shape, strict=False)
+        ):
+            problems.append(f"input {name!r} has shape {list(array.shape)}, the model takes {list(shape)}")
+        if not array.flags.c_contiguous:
+            problems.append(f"input {name!r} is not contiguous (strides {array.strides}); copy it first")
+    if problems:
+        raise UsageError("the inputs do not fit the model", problems=problems)

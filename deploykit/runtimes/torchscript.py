@@ -1,0 +1,66 @@
+"""TorchScript: traced, frozen, saved, and run again. The only home of torch.jit, which torch 2.15 deprecates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploykit.artifact import Artifact, Tensors, TensorSpec
+from deploykit.runtimes import check_inputs
+
+
+class TorchScriptSession:
+    """A `Session` on a TorchScript file of ours, on the CPU."""
+
+    def __init__(self, module: torch.jit.ScriptModule, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self._module, self._inputs, self._outputs = module, inputs, outputs
+        self._fed: list[torch.Tensor] = []
+        self._answers: list[torch.Tensor] = []
+
+    def feed(self, inputs: Tensors) -> None:
+        """Copy the inputs into tensors."""
+        check_inputs(inputs, [(spec.name, spec.dtype, spec.shape) for spec in self._inputs])
+        self._fed = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self._inputs]
+
+    def execute(self) -> None:
+        """Run once."""
+        with torch.inference_mode(), _without_deprecation():
+            answer = self._module(*self._fed)
+        self._answers = list(answer) if isinstance(answer, (tuple, list)) else [answer]
+
+    def fetch(self) -> Tensors:
+        """The outputs of the last execute, copied."""
+        return {spec.name: np.array(value) for spec, value in zip(self._outputs, self._answers, strict=True)}
+
+    def close(self) -> None:
+        """Drop the module."""
+        del self._module
+
+
+def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Trace `module` in eval mode on `example` (N, C, H, W), freeze it (BatchNorm folded) and save it at `path`."""
+    with torch.no_grad(), _without_deprecation():
+        traced = torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
+        # optimize_for_inference would tie the file to this CPU (MKL-DNN layouts); freezing keeps it portable.
+        torch.jit.save(torch.jit.freeze(traced), str(path))
+
+
+def load(model: Artifact) -> TorchScriptSession:
+    """Open a TorchScript artifact. Loading one runs the program in it, so only our own, digest-checked files come here."""
+    with _without_deprecation():
+        module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
+    return TorchScriptSession(module, model.inputs, model.outputs)
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch 2.15 says FutureWarning, earlier ones DeprecationWarning.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
+        yield

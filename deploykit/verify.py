@@ -1,0 +1,206 @@
+"""Everything that was made, run over the same images as FP32 PyTorch, and judged."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit import export, parity, runtimes
+from deploykit.artifact import Artifact, Format, Precision
+from deploykit.build import Engine
+from deploykit.data import Images
+from deploykit.gate import GateResult, Rule, Verdict, judge, smallest_visible_drop
+from deploykit.jsonable import to_json
+from deploykit.models import Model
+from deploykit.parity import Comparison, Conversion, Logits
+from deploykit.progress import Progress, silent
+from deploykit.runtimes import Session, onnxruntime, torchscript
+
+_BATCH = 16
+_PICTURES = 24
+_LISTED_FLIPS = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compare: a session for `artifact`. `is_engine` is False when the graph itself is executed literally."""
+
+    label: str
+    artifact: Artifact
+    session: Session
+    is_engine: bool
+
+
+def verify(
+    model: Model,
+    images: Images,
+    exports: Sequence[Artifact],
+    engines: Sequence[Engine],
+    rules: Sequence[Rule],
+    *,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Compare exports and engines with `model` on `images`, judge `rules` on every INT8 one, and return plain JSON values.
+
+    Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must.
+    """
+    reference = _reference(model, images, progress)
+    cases = list(_cases(exports, engines))
+    found: list[dict[str, Any]] = []
+    gates: list[GateResult] = []
+    logits: Logits = reference
+    for case in cases:
+        batches = _announced(images, model, case, progress)
+        answers = runtimes.answers(case.session, case.artifact, batches)
+        comparison = parity.compare(answers, reference, images.names, images.labels)
+        conversion = _conversion(case)
+        case.session.close()
+        found.append(_as_json(case, comparison, conversion, model))
+        if conversion is not None:
+            gates.append(_conversion_gate(case.label, conversion))
+        if case.artifact.precision is Precision.INT8:
+            logits = answers
+            gates += [_labelled(case.label, judge(rule, comparison.counts)) for rule in rules]
+    gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
+    return {
+        "summary": _summary(found),
+        "parity": found,
+        "gates": to_json(gates),
+        "visible_drop_points": smallest_visible_drop(len(images)),
+        "evaluated_on": {"origin": images.origin, "images": len(images), "labelled": images.labels is not None},
+        "random": model.is_random,
+        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "notes": list(model.notes),
+        "samples": _pictures(model, images, reference, logits),
+    }
+
+
+def _reference(model: Model, images: Images, progress: Progress) -> Logits:
+    answers, done = [], 0
+    for batch in images.batches(model.preprocess, _BATCH):
+        answers.append(export.torch_logits(model, batch))
+        done += len(batch)
+        progress("parity: PyTorch", done, len(images))
+    return np.concatenate(answers)
+
+
+def _announced(images: Images, model: Model, case: Case, progress: Progress) -> Iterator[NDArray[np.float32]]:
+    fixed, done = case.artifact.inputs[0].shape[0], 0
+    for batch in images.batches(model.preprocess, fixed if isinstance(fixed, int) else _BATCH):
+        yield batch
+        done += len(batch)
+        progress(f"parity: {case.label}", done, len(images))
+
+
+def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[Case]:
+    """TorchScript files; engines; and for graphs without an engine here, the graph itself on ONNX Runtime."""
+    for made in exports:
+        if made.format is Format.TORCHSCRIPT:
+            yield Case("torchscript fp32", made, torchscript.load(made), is_engine=True)
+        elif not any(engine.built for engine in engines):
+            yield Case("onnx fp32", made, onnxruntime.reference(made.path), is_engine=False)
+    for engine in engines:
+        if engine.built is not None:
+            yield Case(engine.label, engine.built, runtimes.get(engine.runtime).load(engine.built), is_engine=True)
+        elif engine.model.precision is Precision.INT8:
+            session = onnxruntime.reference(engine.model.path)
+            yield Case(f"{engine.label} graph on the reference", engine.model, session, is_engine=False)
+
+
+def _conversion(case: Case) -> Conversion | None:
+    if not case.is_engine:
+        return None
+    golden = case.artifact.samples()
+    pieces = runtimes.pieces(case.artifact, golden)
+    actual = {case.artifact.outputs[0].name: runtimes.answers(case.session, case.artifact, pieces)}
+    return parity.conversion(actual, golden, case.artifact.precision)
+
+
+def _conversion_gate(label: str, found: Conversion) -> GateResult:
+    reason = f"max|d| / max|y| {found.errors.relative:.2g} against the same graph with optimisations off"
+    return GateResult(f"{label}: conversion error <= {found.limit:g}", found.verdict, found.errors.relative, None, reason)
+
+
+def _realised_gate(engine: Engine) -> GateResult:
+    assert engine.realised is not None
+    claimed = engine.model.facts["int8_layers"]
+    assert isinstance(claimed, Sequence)
+    floats = [layer for layer in engine.realised.layers if layer.name in claimed and layer.precision != "int8"]
+    reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
+    if floats:
+        reason += f"; in float although quantized: {', '.join(layer.name for layer in floats[:5])}"
+    verdict = Verdict.FAIL if floats else Verdict.PASS
+    return GateResult(f"{engine.label}: every quantized layer runs in int8", verdict, engine.realised.int8, None, reason)
+
+
+def _labelled(label: str, found: GateResult) -> GateResult:
+    return GateResult(f"{label}: {found.rule}", found.verdict, found.observed, found.interval, found.reason)
+
+
+def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, model: Model) -> dict[str, Any]:
+    name = _class_namer(model)
+    flips = [
+        {
+            "image": flip.image,
+            "label": None if flip.label is None else name(flip.label),
+            "reference": name(flip.reference),
+            "engine": name(flip.engine),
+            "reference_margin": flip.reference_margin,
+        }
+        for flip in comparison.flips[:_LISTED_FLIPS]
+    ]
+    converted = None
+    if conversion is not None:
+        errors = _finite(asdict(conversion.errors))
+        converted = {**errors, "images": conversion.images, "limit": conversion.limit, "verdict": conversion.verdict.value}
+    return {
+        "label": case.label,
+        "precision": case.artifact.precision.value,
+        "images": comparison.images,
+        "conversion": converted,
+        "quantization": {**_finite(asdict(comparison.errors)), "images": comparison.images},
+        "agreement": comparison.agreement,
+        "disagreement_count": len(comparison.flips),
+        "disagreements": flips,
+        "accuracy": None if comparison.accuracy is None else {**asdict(comparison.accuracy), "images": comparison.images},
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: an SQNR of identical tensors becomes null."""
+    return {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
+
+
+def _pictures(model: Model, images: Images, reference: Logits, engine: Logits) -> list[dict[str, Any]]:
+    """Some images with both decisions, flips first; `confidence` is the engine's softmax of its choice."""
+    name = _class_namer(model)
+    mine, theirs = engine.argmax(axis=1), reference.argmax(axis=1)
+    order = np.argsort(mine == theirs, kind="stable")[:_PICTURES]
+    shifted = np.exp(engine - engine.max(axis=1, keepdims=True))
+    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+    return [
+        {
+            "png": base64.b64encode(images.thumbnail(int(index))).decode(),
+            "name": images.names[index],
+            "label": None if images.labels is None else name(int(images.labels[index])),
+            "reference": name(int(theirs[index])),
+            "engine": name(int(mine[index])),
+            "confidence": float(confidence[index]),
+        }
+        for index in order
+    ]
+
+
+def _class_namer(model: Model) -> Any:
+    return lambda index: model.classes[index] if index < len(model.classes) else f"class {index}"
+
+
+def _summary(found: Iterable[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{case['label']}: {case['disagreement_count']} of {case['images']} images decided otherwise" for case in found
+    )
