@@ -122,8 +122,8 @@ def _conversion(case: Case) -> Conversion | None:
 
 
 def _conversion_gate(label: str, found: Conversion) -> GateResult:
-    reason = f"max|d| / max|y| {found.errors.relative:.2g} against the same graph with optimisations off"
-    return GateResult(f"{label}: conversion error <= {found.limit:g}", found.verdict, found.errors.relative, None, reason)
+    reason = f"max|d| / max|y| {found.errors.relative:.2g}, SQNR {found.errors.sqnr_db:.1f} dB on {found.images} golden samples"
+    return GateResult(f"{label}: answers like its own graph ({found.rule})", found.verdict, found.errors.relative, None, reason)
 
 
 def _realised_gate(engine: Engine) -> GateResult:
@@ -157,7 +157,7 @@ def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, 
     converted = None
     if conversion is not None:
         errors = _finite(asdict(conversion.errors))
-        converted = {**errors, "images": conversion.images, "limit": conversion.limit, "verdict": conversion.verdict.value}
+        converted = {**errors, "images": conversion.images, "rule": conversion.rule, "verdict": conversion.verdict.value}
     return {
         "label": case.label,
         "precision": case.artifact.precision.value,

@@ -228,7 +228,7 @@ def _tensor_table(parity: Sequence[Result]) -> Markup | None:
             error = entry.get(kind)
             if not error:
                 continue
-            limit = "no limit" if error.get("limit") is None else f"{error['limit']:g}"
+            limit = words_of(error.get("rule"), "no limit")
             verdict = error.get("verdict")
             rows.append(
                 (

@@ -76,7 +76,6 @@ def result(
         "recipe": dump(recipe),
         "machine": to_json(Machine.probe()),
         "command": command,
-        "next": next((_on_the_device(engine) for engine in engines if engine.runtime == "tensorrt"), None),
     }
 
 
@@ -164,6 +163,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
         "precision": engine.model.precision.value,
         "built": engine.built is not None,
         "why": engine.why,
+        "next": _on_the_device(engine) if engine.built is None and engine.runtime == "tensorrt" else None,
         "path": f"{made.folder.name}/{made.path.name}",
         "bytes": made.path.stat().st_size,
         "realised": realised,

@@ -30,9 +30,10 @@ def run(result: Mapping[str, Any]) -> str:
     if skipped:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
     parts.append(_comparison(result))
-    parts += [f"no {engine['label']} engine was built: {engine['why']}" for engine in result["engines"] if not engine["built"]]
-    if result.get("next"):
-        parts.append(f"on the device: {result['next']}")
+    for engine in result["engines"]:
+        if not engine["built"]:
+            parts.append(f"no {engine['label']} engine was built: {engine['why']}")
+            parts += [f"  on the device: {engine['next']}"] * bool(engine["next"])
     if model["random"]:
         parts.append("RANDOM WEIGHTS: latency is meaningful, decisions are not, and there is no decision gate")
     parts.append(_gates(result["gates"]))

@@ -142,10 +142,9 @@ def get(name: str) -> Runtime:
     entry = REGISTRY[name]
     if entry.module is None:
         installed = installed_version(entry.package)
-        here = f"{entry.package} {installed} is installed" if installed else f"{entry.package} is not installed here either"
-        raise CapabilityError(
-            f"no {name} engine can be built", why=f"this version of deploykit does not drive {name}; {here}", fix=entry.install
-        )
+        here = f"version {installed} of it is installed here" if installed else "nor is it installed here"
+        why = f"this version of deploykit writes graphs for {name} but does not build them; {here}"
+        raise CapabilityError(f"no {name} engine can be built", why=why, fix=entry.install)
     try:
         return cast(Runtime, importlib.import_module(entry.module))
     except ImportError as error:
