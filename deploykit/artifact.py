@@ -108,8 +108,7 @@ class Samples:
         }
         if self.labels is not None:
             arrays["labels"] = self.labels
-        # np.savez's own parameters could collide with a tensor's name; a dict of positional pairs cannot reach it,
-        # and every key of ours holds a slash except `labels`.
+        # A tensor's name cannot collide with np.savez's own parameters: every key holds a slash, except `labels`.
         np.savez(path, **arrays)
 
     @classmethod
@@ -197,7 +196,7 @@ def write_manifest(folder: Path, artifact: Artifact) -> Artifact:
     files = {
         path.relative_to(folder).as_posix(): {"sha256": digest_file(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     artifact = replace(artifact, sha256=cast(str, files[artifact.path.name]["sha256"]))
     content = {"schema": SCHEMA, "path": artifact.path.name, "files": files} | {
@@ -213,9 +212,11 @@ def read_artifact(folder: Path) -> Artifact:
     Raises UsageError when it is not an artifact, is damaged, or was written by a newer deploykit.
     """
     manifest = folder / MANIFEST
-    if not manifest.is_file() or manifest.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise UsageError(f"{printable(folder)} is not a deploykit artifact", why=f"it has no {MANIFEST}")
     try:
+        size = manifest.stat().st_size if manifest.is_file() else 0
+        if not 0 < size <= _MANIFEST_LIMIT_BYTES:
+            why = f"its {MANIFEST} has {size} bytes; one has at most {_MANIFEST_LIMIT_BYTES}" if size else f"it has no {MANIFEST}"
+            raise UsageError(f"{printable(folder)} is not a deploykit artifact", why=why)
         content = json.loads(manifest.read_text())
         if content["schema"] != SCHEMA:
             raise UsageError(
@@ -224,6 +225,8 @@ def read_artifact(folder: Path) -> Artifact:
             )
         for name, entry in content["files"].items():
             _check_file(folder, name, entry)
+        if content["files"][content["path"]]["sha256"] != content["sha256"]:
+            raise ValueError("sha256 is not that of the main file")
         return Artifact(
             path=folder / _plain_name(content["path"]),
             stage=content["stage"],
@@ -241,7 +244,7 @@ def read_artifact(folder: Path) -> Artifact:
             facts=content["facts"],
             machine=None if content["machine"] is None else Machine.from_json(content["machine"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
         raise UsageError(f"{printable(manifest)} is damaged", why=f"{type(error).__name__}: {error}") from error
 
 

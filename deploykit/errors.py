@@ -6,9 +6,9 @@ DeploykitError            exit 1   something failed; the message says what, why 
 |   |-- ModelError        exit 2   unknown model, unusable factory or checkpoint
 |   `-- DataError         exit 2   images or labels that cannot be used
 |-- StageError            exit 1   a stage's own check failed: its result would have been wrong
-|-- GateFailed            exit 3   a gate said no: parity, accuracy, or a precision that was not realised
-|-- CapabilityError          exit 4   this machine does not have what was required (a runtime, a GPU)
-`-- CannotTell            exit 5   not enough images or processes to decide a gate
+`-- CapabilityError       exit 4   this machine does not have what was required (a runtime, a GPU)
+
+What a gate says (exit 3: no, exit 5: cannot tell) is a result and not an error: see `gate.Verdict`.
 """
 
 from __future__ import annotations

@@ -74,10 +74,10 @@ def torch_logits(model: Model, inputs: NDArray[np.float32]) -> NDArray[np.float3
     """What the FP32 PyTorch module answers: (N, C, H, W) -> (N, classes)."""
     with torch.inference_mode():
         answer = model.module(torch.from_numpy(inputs))
-    if not isinstance(answer, torch.Tensor) or answer.ndim != 2:
+    if not isinstance(answer, torch.Tensor) or answer.ndim != 2 or answer.dtype != torch.float32:
         raise StageError(
             f"{model.name} does not answer like a classifier",
-            why=f"expected one (N, classes) tensor, got {_describe(answer)}",
+            why=f"expected one float32 tensor of (N, classes), got {_describe(answer)}",
             fix="wrap it in a module whose forward returns the logits",
         )
     return np.ascontiguousarray(answer.numpy())
@@ -273,12 +273,15 @@ def _artifact(
 
 def _describe(answer: object) -> str:
     if isinstance(answer, torch.Tensor):
-        return f"a tensor of shape {tuple(answer.shape)}"
+        return f"a {str(answer.dtype).removeprefix('torch.')} tensor of shape {tuple(answer.shape)}"
     if isinstance(answer, (tuple, list)):
         return f"{len(answer)} values"
     return type(answer).__name__
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
+    """What went wrong at the bottom: the exporter wraps it in its own words and advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])}"

@@ -16,6 +16,7 @@ from torch import nn
 
 from deploykit.artifact import Artifact, Format, Precision, TensorSpec
 from deploykit.data import Images
+from deploykit.errors import UsageError
 from deploykit.jsonable import to_json
 from deploykit.models import Model
 from deploykit.progress import Progress, silent
@@ -42,10 +43,17 @@ def finetune(
     """Train all layers with AdamW, warm-up and cosine decay, and write the best weights and the history into `folder`.
 
     "Best" is the highest accuracy on `held_out`, then the lowest loss. Both sets are labelled by `model.classes`. The
-    same seed, torch version and thread count give the same weights. Raises DataError for images that cannot be read.
+    same seed, torch version and thread count give the same weights. Raises DataError for images that cannot be read,
+    UsageError when the network has BatchNorm and every step would see one image.
     """
     module = model.module
     assert train.labels is not None
+    if _has_batch_norm(module) and min(settings.batch, len(train)) == 1:
+        raise UsageError(
+            f"{model.name} has BatchNorm, which cannot be trained on one image at a time",
+            why=f"finetune.batch is {settings.batch}, and there are {len(train)} training images",
+            fix="train on two or more images in one step",
+        )
     history: list[Epoch] = []
     best: dict[str, torch.Tensor] = {}
     steps = settings.epochs * math.ceil(len(train) / settings.batch)
@@ -64,7 +72,8 @@ def finetune(
             progress("finetune", epoch, settings.epochs)
     module.load_state_dict(best)
     module.eval()
-    safetensors.torch.save_file(best, folder / WEIGHTS)
+    # Not save_file: its errors are its own (a full disk is no OSError), and the file can be read by its owner alone.
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(best))
     (folder / HISTORY).write_text(json.dumps([asdict(epoch) for epoch in history], indent=1) + "\n")
     return _artifact(model, train, held_out, settings, history, folder)
 
@@ -153,6 +162,7 @@ def _artifact(
         facts={
             "model": model.name,
             "weights": model.weights,
+            "notes": list(model.notes),
             "train_images": len(train),
             "val_images": len(held_out),
             "best_val_accuracy": max(epoch.val_accuracy for epoch in history),

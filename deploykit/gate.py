@@ -13,11 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from math import ceil, sqrt
 
-_RULE = re.compile(r"^\s*(?P<metric>\w+)\s*(?P<operator><=|>=)\s*(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>%|points)?\s*$")
+_RULE = re.compile(
+    r"\s*(?P<metric>\w+)\s*(?P<operator><=|>=)\s*(?P<limit>\d{1,9}(?:\.\d{1,9})?)\s*(?P<unit>%|points)?\s*", re.ASCII
+)
 _METRICS = {"disagreements": ("<=", None), "agreement": (">=", "%"), "drop": ("<=", "points")}
+_MANY_IMAGES = 10**9
 _Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 
@@ -38,7 +42,8 @@ class Rule:
 
     def __str__(self) -> str:
         operator, unit = _METRICS[self.metric]
-        return f"{self.metric} {operator} {self.limit:g}{f' {unit}' if unit else ''}"
+        limit = f"{Decimal(str(self.limit)).normalize():f}"  # every digit, and never an exponent: it can be parsed again
+        return f"{self.metric} {operator} {limit}{f' {unit}' if unit else ''}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class GateResult:
 
 def parse_rule(text: str) -> Rule:
     """Parse one rule. Raises ValueError with the reason when it is not one of the forms above."""
-    match = _RULE.match(text)
+    match = _RULE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'disagreements <= 2'")
     metric, operator, unit = match["metric"], match["operator"], match["unit"]
@@ -77,8 +82,10 @@ def parse_rule(text: str) -> Rule:
     if (operator, unit) != _METRICS[metric]:
         wanted = Rule(metric, float(match["limit"]))
         raise ValueError(f"{text!r}: write {str(wanted)!r}")
-    if metric == "agreement" and float(match["limit"]) > 100:
-        raise ValueError(f"{text!r}: no agreement is above 100 %")
+    if metric != "disagreements" and float(match["limit"]) > 100:
+        raise ValueError(f"{text!r}: no {metric} is above 100 {unit}")
+    if metric == "disagreements" and not float(match["limit"]).is_integer():
+        raise ValueError(f"{text!r}: images are counted in whole numbers")
     return Rule(metric, float(match["limit"]))
 
 
@@ -89,33 +96,31 @@ def judge(rule: Rule, counts: PairedCounts) -> GateResult:
         reason = f"{counts.disagreements} of {counts.images} images"
         return GateResult(str(rule), verdict, counts.disagreements, None, reason)
     if rule.metric == "agreement":
-        observed = 100 * (1 - counts.disagreements / counts.images)
-        low, high = wilson_interval(counts.images - counts.disagreements, counts.images)
-        interval = (100 * low, 100 * high)
-        inside, outside = interval[0] >= rule.limit, interval[1] < rule.limit
+        observed = 100 * (counts.images - counts.disagreements) / counts.images
+    elif counts.lost is None or counts.gained is None:
+        raise ValueError(f"'{rule}' needs labelled images")
     else:
-        if counts.lost is None or counts.gained is None:
-            raise ValueError(f"'{rule}' needs labelled images")
         observed = 100 * (counts.lost - counts.gained) / counts.images
-        low, high = paired_difference_interval(counts.lost, counts.gained, counts.images)
-        interval = (100 * low, 100 * high)
-        inside, outside = interval[1] <= rule.limit, interval[0] > rule.limit
-    verdict = Verdict.PASS if inside else Verdict.FAIL if outside else Verdict.CANNOT_TELL
+    interval = _interval(rule, counts, counts.images)
+    verdict = _verdict(rule, interval)
     reason = f"observed {observed:.2f}, 95 % interval {interval[0]:.2f} to {interval[1]:.2f} on {counts.images} images"
-    if verdict is Verdict.CANNOT_TELL:
-        reason += _how_many_would_decide(rule, observed, interval, counts.images)
+    if verdict is Verdict.CANNOT_TELL and observed == rule.limit:
+        reason += "; the observed value is the limit itself, so no number of images decides it"
+    elif verdict is Verdict.CANNOT_TELL:
+        reason += _how_many_would_decide(rule, counts)
     return GateResult(str(rule), verdict, observed, interval, reason)
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
     share, z2 = successes / trials, _Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bounds are 0 and 1 exactly; rounding would let a perfect engine fail a rule.
+    return (centre - half if successes > 0 else 0.0, centre + half if successes < trials else 1.0)
 
 
-def paired_difference_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
+def paired_difference_interval(lost: float, gained: float, images: float) -> tuple[float, float]:
     """95 % score interval of (lost - gained) / images for paired decisions.
 
     The interval holds every difference that the score test of Tango (Statistics in Medicine 17, 1998) does not
@@ -141,13 +146,42 @@ def smallest_visible_drop(images: int) -> float:
     return 100 * paired_difference_interval(0, 0, images)[1]
 
 
-def _how_many_would_decide(rule: Rule, observed: float, interval: tuple[float, float], images: int) -> str:
-    """The half-width of an interval shrinks with the square root of the number of images."""
-    distance = abs(observed - rule.limit)
-    if distance == 0:
-        return "; the observed value is the limit itself, so no number of images decides it"
-    half = max(interval[1] - observed, observed - interval[0])
-    return f"; about {ceil(images * (half / distance) ** 2)} images would decide it"
+def _interval(rule: Rule, counts: PairedCounts, images: float) -> tuple[float, float]:
+    """95 % interval in percent of what `rule` limits, had the same shares been counted on so many images."""
+    if rule.metric == "agreement":
+        low, high = wilson_interval((counts.images - counts.disagreements) * images / counts.images, images)
+    else:
+        assert counts.lost is not None
+        assert counts.gained is not None
+        lost, gained = counts.lost * images / counts.images, counts.gained * images / counts.images
+        low, high = paired_difference_interval(lost, gained, images)
+    return 100 * low, 100 * high
+
+
+def _verdict(rule: Rule, interval: tuple[float, float]) -> Verdict:
+    low, high = interval
+    if rule.metric == "agreement":
+        inside, outside = low >= rule.limit, high < rule.limit
+    else:
+        inside, outside = high <= rule.limit, low > rule.limit
+    return Verdict.PASS if inside else Verdict.FAIL if outside else Verdict.CANNOT_TELL
+
+
+def _how_many_would_decide(rule: Rule, counts: PairedCounts) -> str:
+    """Found by trying: the interval of something rare shrinks faster than with the square root of the number of images."""
+
+    def undecided(images: float) -> bool:
+        return _verdict(rule, _interval(rule, counts, images)) is Verdict.CANNOT_TELL
+
+    few, enough = float(counts.images), 2.0 * counts.images
+    while undecided(enough):
+        if enough > _MANY_IMAGES:
+            return f"; more than {_MANY_IMAGES} images would be needed to decide it"
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) / 2
+        few, enough = (middle, enough) if undecided(middle) else (few, middle)
+    return f"; about {ceil(enough)} images would decide it"
 
 
 def _bisect(score: Callable[[float], float], target: float, low: float, high: float) -> float:

@@ -21,8 +21,20 @@ _RUN = "result.json"
 def inspect(path: Path) -> dict[str, Any]:
     """Facts about `path` as plain JSON values; `kind` says which.
 
-    Raises UsageError when there is nothing, or nothing known, at `path`.
+    Raises UsageError when there is nothing, or nothing known, at `path`, or it cannot be read.
     """
+    try:
+        return _facts(path)
+    except OSError as error:
+        raise UsageError(f"cannot read {printable(path)}", why=(error.strerror or str(error)).lower()) from error
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """The facts as lines of `name: value`, nested ones indented."""
+    return "".join(f"{line}\n" for line in _lines(facts, ""))
+
+
+def _facts(path: Path) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         return _artifact(path)
     if (path / _RUN).is_file():
@@ -38,11 +50,6 @@ def inspect(path: Path) -> dict[str, Any]:
     return _checkpoint(path)
 
 
-def as_text(facts: Mapping[str, Any]) -> str:
-    """The facts as lines of `name: value`, nested ones indented."""
-    return "".join(f"{line}\n" for line in _lines(facts, ""))
-
-
 def _artifact(folder: Path) -> dict[str, Any]:
     found = read_artifact(folder)
     facts = to_json(found)
@@ -51,10 +58,13 @@ def _artifact(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / _RUN).read_text())
     kept = ("name", "verdict", "exit_code", "headline", "model", "gates", "report", "command")
-    stages = {stage["name"]: f"{stage['status']}, {stage['summary']}" for stage in found["stages"]}
-    return {"kind": "run", **{key: found[key] for key in kept}, "stages": stages}
+    try:
+        found = json.loads((folder / _RUN).read_text())
+        stages = {stage["name"]: f"{stage['status']}, {stage['summary']}" for stage in found["stages"]}
+        return {"kind": "run", **{key: found[key] for key in kept}, "stages": stages}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{printable(folder / _RUN)} is damaged", why=f"{type(error).__name__}: {error}") from error
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -62,6 +72,8 @@ def _onnx(path: Path) -> dict[str, Any]:
 
     try:
         model = ir.load(path)
+        if not model.ir_version:
+            raise ValueError("it has no IR version, so it is empty or something else")
         graph = model.graph
         operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph)
         weights = sum(
@@ -108,7 +120,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _lines(value: Any, indent: str) -> list[str]:
     lines = []
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        if isinstance(item, (Mapping, list)) and item:
+        if isinstance(item, list) and item and not any(isinstance(entry, (Mapping, list)) for entry in item):
+            lines.append(f"{indent}{key}: {', '.join(map(str, item))}")
+        elif isinstance(item, (Mapping, list)) and item:
             lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
         else:
             lines.append(f"{indent}{key}: {item if item not in ([], {}) else 'none'}")

@@ -7,7 +7,8 @@ killed goes on where it stopped, and running a finished recipe again takes secon
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +18,7 @@ from deploykit import artifact, benchmark, publish, runtimes
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.build import Engine, build
 from deploykit.data import Images
-from deploykit.errors import CapabilityError, UsageError, printable
+from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
 from deploykit.jsonable import digest, to_json
 from deploykit.machine import Machine, installed_version
 from deploykit.progress import Progress, silent
@@ -34,11 +35,19 @@ _FEW_IMAGES = 32
 def clean(out: Path, *, everything: bool = False) -> list[Path]:
     """Remove what killed runs left in `out`, or with `everything` the whole run; returns what was removed.
 
-    Raises UsageError when `out` is not the folder of a run, or another run is at work there.
+    Raises UsageError when `out` is not the folder of a run, holds anything else, or another run is at work there.
     """
-    if not (out / RECIPE).is_file():
-        raise UsageError(f"{printable(out)} is not the output folder of a run", why=f"it has no {RECIPE}")
+    for name in (RECIPE, publish.LOCK):  # the lock too, because a user's own recipe may well have that name
+        if not (out / name).is_file():
+            raise UsageError(f"{printable(out)} is not the output folder of a run", why=f"it has no {name}")
     with publish.lock(out):
+        foreign = [name for name in _contents(out) if not _is_ours(out / name)]
+        if everything and foreign:
+            raise UsageError(
+                f"{printable(out)} holds more than a run",
+                why=f"it holds {', '.join(map(printable, foreign[:5]))}",
+                fix="move that elsewhere first, or remove the folder yourself",
+            )
         removed = [out] if everything else publish.leftovers(out)
         for path in removed:
             publish.remove(path)
@@ -54,8 +63,7 @@ def run(
     StageError when a stage's own check fails. A gate that fails is a result: see its `exit_code`.
     """
     _require_engines(recipe)
-    with publish.lock(out):
-        _claim(out, recipe)
+    with publish.lock(out), _claimed(out, recipe):
         work = Work(recipe, out, Sources(recipe, progress), progress, clock)
 
         if recipe.finetune is not None:
@@ -124,6 +132,7 @@ def _finetune(work: Work) -> Artifact:
         from deploykit.finetune import finetune
 
         sources = work.sources
+        sources.check()
         return finetune(sources.untrained, sources.train, sources.held_out, settings, folder, progress=work.progress)
 
     return work.stage(
@@ -141,6 +150,7 @@ def _export(work: Work, kind: str) -> Artifact:
     def make(folder: Path) -> Artifact:
         from deploykit import export
 
+        work.sources.check()
         model, images = work.sources.model, work.sources.evaluation
         some = images.take(range(min(settings.samples, len(images))))
         golden = next(some.batches(model.preprocess, len(some)))
@@ -333,27 +343,46 @@ def _require_engines(recipe: Recipe) -> None:
             raise CapabilityError(f"a {name} engine is required and cannot be built here", why=why, fix=fix)
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Make `out` this recipe's folder, or refuse when it is another's. Left-overs of killed runs are removed."""
-    path = out / RECIPE
-    text = dump(recipe)
-    if not path.exists():
-        foreign = sorted(found.name for found in out.iterdir() if found.name != ".lock")
-        if foreign:
-            raise UsageError(
-                f"the output folder {printable(out)} is not empty and not of a run",
-                why=f"it holds {', '.join(map(printable, foreign[:5]))}",
-                fix="choose another folder with --output",
-            )
-        publish.write_file(path, text.encode())
-    elif path.read_text() != text:
+@contextmanager
+def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Make `out` this recipe's folder, or refuse when it is another's. Left-overs of killed runs are removed.
+
+    When the work is refused before any stage was done, the folder is nobody's again, so a corrected recipe may have it.
+    """
+    path, wanted = out / RECIPE, dump(recipe).encode()
+    foreign = [printable(name) for name in _contents(out) if name != RECIPE]
+    is_new = not path.exists()
+    if is_new and foreign:
+        raise UsageError(
+            f"the output folder {printable(out)} is not empty and not of a run",
+            why=f"it holds {', '.join(foreign[:5])}",
+            fix="choose another folder with --output",
+        )
+    if is_new:
+        publish.write_file(path, wanted)
+    elif path.read_bytes() != wanted:
         raise UsageError(
             f"the output folder {printable(out)} belongs to another recipe",
-            why=_first_difference(path.read_text(), text),
+            why=_first_difference(path.read_text(errors="replace"), wanted.decode()),
             fix=f"choose another folder with --output, or remove that one with: deploykit clean --all {printable(out)}",
         )
-    for path in publish.leftovers(out):
-        publish.remove(path)
+    for leftover in publish.leftovers(out):
+        publish.remove(leftover)
+    try:
+        yield
+    except DeploykitError:
+        if is_new and _contents(out) == [RECIPE]:
+            publish.remove(path)
+        raise
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run wrote this entry of its output folder."""
+    return path.name in (RECIPE, RESULT, REPORT) or path.name.endswith(publish.UNFINISHED) or (path / artifact.MANIFEST).is_file()
+
+
+def _contents(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if path.name != publish.LOCK)
 
 
 def _first_difference(old: str, new: str) -> str:

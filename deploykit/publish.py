@@ -21,6 +21,8 @@ from deploykit.errors import UsageError, printable, translating_os_errors
 
 PARTIAL = ".partial"
 STALE = ".stale"
+UNFINISHED = (PARTIAL, STALE)
+LOCK = ".lock"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -53,18 +55,21 @@ def directory(final: Path) -> Iterator[Path]:
     """
     partial, stale = final.with_name(final.name + PARTIAL), final.with_name(final.name + STALE)
     with translating_os_errors("write", final):
+        replacing = final.exists()
         remove(partial)
         partial.mkdir(parents=True)
         try:
             yield partial
             _fsync_tree(partial)
-            if final.exists():
+            if replacing:
                 remove(stale)
                 final.rename(stale)
             partial.rename(final)
             _fsync(final.parent)
         except BaseException:
             remove(partial)
+            if replacing and not final.exists():
+                stale.rename(final)
             raise
         remove(stale)
 
@@ -73,7 +78,7 @@ def leftovers(root: Path) -> list[Path]:
     """What killed runs left in `root`: unfinished and superseded files and directories, sorted."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if path.name.endswith((PARTIAL, STALE)))
+    return sorted(path for path in root.iterdir() if path.name.endswith(UNFINISHED))
 
 
 def remove(path: Path) -> None:
@@ -88,10 +93,12 @@ def remove(path: Path) -> None:
 def lock(root: Path) -> Iterator[None]:
     """Hold `root` for this process. The kernel drops the lock when the process dies, however it dies.
 
-    Raises UsageError, naming the holder, when another process works there.
+    Raises UsageError when `root` is a file, or another process, which it names, works there.
     """
-    path = root / ".lock"
+    path = root / LOCK
     with translating_os_errors("lock", path):
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"{printable(root)} is a file, not a folder", fix="choose another folder with --output")
         root.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     with file:
@@ -103,10 +110,10 @@ def lock(root: Path) -> Iterator[None]:
                 f"{printable(root)} is in use by another run ({file.read().strip() or 'unknown process'})",
                 fix="wait for it, or choose another place with --output",
             ) from error
-        file.seek(0)
-        file.truncate()
-        file.write(f"pid {os.getpid()}\n")
-        file.flush()
+        with translating_os_errors("lock", path):
+            os.ftruncate(file.fileno(), 0)
+            # Not file.write: on a full disk it would keep the text and fail once more when the file is closed.
+            os.write(file.fileno(), f"pid {os.getpid()}\n".encode())
         yield
 
 

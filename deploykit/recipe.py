@@ -166,7 +166,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         content: dict[str, Any] = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {printable(path)}", why=(error.strerror or str(error)).lower()) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOML syntax, not UTF-8, a number of thousands of digits, deep nesting
         raise RecipeError(f"{printable(path)} is not valid TOML", why=str(error)) from error
     return parse(content, base=path.parent, source=printable(path), overrides=overrides)
 
@@ -242,6 +242,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 yield f"data.name = {recipe.data.name!r} brings its own parts: remove data.{key}"
     if not recipe.export.formats:
         yield "export.formats is empty: name onnx, torchscript or both"
+    for key, names in (("export.formats", recipe.export.formats), ("build.runtimes", recipe.build.runtimes)):
+        if len(set(names)) < len(names):
+            yield f"{key} = {list(names)} names one of them twice"
     shape, statistics = recipe.preprocess.channels, ("mean", "std")
     for key in statistics:
         values = getattr(recipe.preprocess, key)
@@ -289,26 +292,44 @@ def _value(hint: Any, item: Field[Any], value: Any, dotted: str, base: Path, pro
     for option in options:
         if typing.get_origin(option) is tuple:
             return _value(option, item, value, dotted, base, problems)
-        if typing.get_origin(option) is Literal and value in typing.get_args(option) and not isinstance(value, bool):
+        if typing.get_origin(option) is Literal and any(
+            value == word and type(value) is type(word) for word in typing.get_args(option)
+        ):
             return value
         if option is float and type(value) in (int, float):
-            return float(_in_range(item, value, dotted, problems))
+            return float(value) if _in_range(item, value, dotted, problems) else value
         if option is type(value):
-            if not _is_utf8(value):
-                problems.append(f"{dotted}: {printable(value)} is not UTF-8, and recipes are; rename it or make a link to it")
-            if item.metadata["path"] or (dotted == "model.weights" and value not in ("default", "none")):
-                return str(base / Path(value).expanduser())
-            return _in_range(item, value, dotted, problems) if option is int else value
+            if option is int:
+                _in_range(item, value, dotted, problems)
+            if option is str:
+                names_path = item.metadata["path"] or (dotted == "model.weights" and value not in ("default", "none"))
+                return _text(value, dotted, base if names_path else None, problems)
+            return value
     problems.append(f"{dotted}: expected {' or '.join(map(_type_name, options))}, got {_quote(value)}")
     return value
 
 
-def _in_range(item: Field[Any], value: Any, dotted: str, problems: list[str]) -> Any:
+def _text(value: str, dotted: str, base: Path | None, problems: list[str]) -> str:
+    """Text as it is or, with a `base`, as a path taken from there."""
+    if not value or "\0" in value:
+        problems.append(f"{dotted}: {_quote(value)} names nothing; leave the key out, or give it a value")
+    elif not _is_utf8(value):
+        problems.append(f"{dotted}: {printable(value)} is not UTF-8, and recipes are; rename it or make a link to it")
+    elif base is not None:
+        try:
+            return str(base / Path(value).expanduser())
+        except RuntimeError:
+            problems.append(f"{dotted}: {_quote(value)} starts with the home directory of a user that is not known here")
+    return value
+
+
+def _in_range(item: Field[Any], value: Any, dotted: str, problems: list[str]) -> bool:
     low, high = item.metadata["low"], item.metadata["high"]
     # Written so that NaN, which compares false with everything, is out of every range.
-    if not ((low is None or value >= low) and (high is None or value <= high)):
-        problems.append(f"{dotted}: {value!r} is not between {low:g} and {high:g}")
-    return value
+    inside = (low is None or value >= low) and (high is None or value <= high)
+    if not inside:
+        problems.append(f"{dotted}: {_quote(value)} is not between {low} and {high}")
+    return inside
 
 
 def _overridden(content: Mapping[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
@@ -326,7 +347,7 @@ def _toml_value(text: str) -> Any:
 
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -360,7 +381,10 @@ def _type_name(option: Any) -> str:
 
 
 def _quote(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write down whole numbers of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

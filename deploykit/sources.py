@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from deploykit import artifact, data
-from deploykit.artifact import Artifact
+from deploykit.artifact import Artifact, Preprocess
 from deploykit.data import Images, Splits
+from deploykit.errors import DataError
 from deploykit.jsonable import digest, to_json
 from deploykit.progress import Progress, silent
 from deploykit.recipe import Recipe
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # Enough for BatchNorm to see spatial statistics of many pictures, few enough for the activations of a large network.
 _BATCH_NORM_BATCH = 16
+_ANY_PREPROCESS = Preprocess(resize=None, crop=(1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, fit="stretch")
 
 
 class Sources:
@@ -47,7 +50,8 @@ class Sources:
             classes = len(self.finetuned.classes) or None
             table = replace(table, weights=str(self.finetuned.path), weights_key=None, classes=classes)
             found = models.load(table, self.recipe.preprocess, data_classes=self.finetuned.classes)
-            return replace(found, weights=f"fine-tuned from {self.finetuned.facts['weights']}")
+            facts = self.finetuned.facts
+            return replace(found, weights=f"fine-tuned from {facts['weights']}", notes=tuple(cast(list[str], facts["notes"])))
         found = self.untrained
         if found.is_random and self.calibration is not None:
             pictures = self.calibration.batches(found.preprocess, _BATCH_NORM_BATCH)
@@ -56,11 +60,14 @@ class Sources:
 
     @cached_property
     def untrained(self) -> Model:
-        """The network as its weights came."""
+        """The network as its weights came, with a head for the classes it is to learn."""
         from deploykit import models
 
-        classes = self.train.classes if self.recipe.finetune is not None else None
-        return models.load(self.recipe.model, self.recipe.preprocess, data_classes=classes)
+        if self.recipe.finetune is None:
+            return models.load(self.recipe.model, self.recipe.preprocess)
+        classes = self.train.classes
+        found = models.load(self.recipe.model, self.recipe.preprocess, data_classes=classes)
+        return models.with_classes(found, classes, seed=self.recipe.finetune.seed)
 
     @property
     def train(self) -> Images:
@@ -78,15 +85,9 @@ class Sources:
 
     @cached_property
     def calibration(self) -> Images | None:
-        """The pictures to calibrate on, every one of them decoded once: a bad one is found before long work starts."""
+        """The pictures to calibrate on."""
         chosen = self._chosen_for_calibration
-        if chosen is None:
-            return None
-        return chosen.checked(
-            self.untrained.preprocess,
-            skip_bad=self.recipe.data.skip_bad_images,
-            progress=lambda done, total: self.progress("read calibration images", done, total),
-        )
+        return None if chosen is None else self._checked(chosen, "calibration")
 
     @cached_property
     def evaluation(self) -> Images:
@@ -97,16 +98,26 @@ class Sources:
         if table.validate is not None:
             from deploykit.models.torchvision import imagenet_synsets
 
-            synsets = imagenet_synsets() if self.model.num_classes == len(imagenet_synsets()) else ()
+            model = self.untrained  # fine-tuning changes its weights, not its classes
+            synsets = imagenet_synsets() if model.num_classes == len(imagenet_synsets()) else ()
             found = data.folder(
-                Path(table.validate), classes=self.model.classes, synsets=synsets, labelled=True, skip_bad=table.skip_bad_images
+                Path(table.validate), classes=model.classes, synsets=synsets, labelled=True, skip_bad=table.skip_bad_images
             )
-            return found.checked(
-                self.model.preprocess,
-                skip_bad=table.skip_bad_images,
-                progress=lambda done, total: self.progress("read validation images", done, total),
-            )
-        return self.calibration if self.calibration is not None else _noise(self.model, self.recipe.export.samples)
+            if len(found.classes) != model.num_classes:
+                raise DataError(
+                    f"cannot tell the classes of the images in {found.origin}",
+                    why=f"it has {len(found.classes)} sub-folders, {model.name} has {model.num_classes} classes, "
+                    "and nothing says which is which",
+                    fix="make one sub-folder for each class; their sorted names are taken in the order of the network's outputs",
+                )
+            return self._checked(found, "validation")
+        return self.calibration if self.calibration is not None else _noise(self.untrained, self.recipe.export.samples)
+
+    def check(self) -> None:
+        """Read every picture that this run will need, so that a bad one is found before the long work and not after it."""
+        _ = self.calibration, self.evaluation
+        if self.recipe.finetune is not None:
+            _ = self.train
 
     @property
     def digest(self) -> str:
@@ -114,9 +125,7 @@ class Sources:
         the labels without knowing the network's classes."""
         table, tables = self.recipe.model, self.recipe.data
         named = (table.weights, table.name.rpartition(":")[0])
-        pictures = [self._chosen_for_calibration, self._splits.test if self._splits else None]
-        if tables.validate is not None:
-            pictures.append(data.folder(Path(tables.validate), labelled=False, skip_bad=True))
+        pictures = (self._chosen_for_calibration, self._splits.test if self._splits else self._unlabelled_validation)
         return digest(
             {
                 "model": to_json(table),
@@ -148,12 +157,27 @@ class Sources:
             return None
         return data.calibration_subset(found, table.calibration_images, table.seed)
 
+    def _checked(self, images: Images, purpose: str) -> Images:
+        """The pictures that can be used, each decoded once; the others are refused, or counted if the user allowed it."""
+        skip_bad = self.recipe.data.skip_bad_images
+        return images.checked(self.untrained.preprocess, skip_bad=skip_bad, progress=self._announced(purpose))
+
+    def _announced(self, purpose: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(f"read {purpose} images", done, total)
+
+    @cached_property
+    def _unlabelled_validation(self) -> Images | None:
+        path = self.recipe.data.validate
+        return None if path is None else data.folder(Path(path), labelled=False, skip_bad=True)
+
     @cached_property
     def _train_and_held_out(self) -> tuple[Images, Images]:
         """Nine tenths to train on and one tenth to select on, each class in the same proportion."""
         table = self.recipe.data
         assert table.train is not None
         found = data.folder(Path(table.train), labelled=True, skip_bad=table.skip_bad_images)
+        # The network is not known yet, only the names of its classes; any preparation finds what cannot be decoded.
+        found = found.checked(_ANY_PREPROCESS, skip_bad=table.skip_bad_images, progress=self._announced("training"))
         assert found.labels is not None
         generator = np.random.default_rng(table.seed)
         held_out: list[int] = []

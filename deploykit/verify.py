@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,12 @@ from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import Session, onnxruntime, torchscript
 
+Namer: TypeAlias = Callable[[int], str]
+
+# Answers that vary less than this share of the largest one are float rounding, not decisions.
+_CONSTANT = 1e-5
 _BATCH = 16
-_PICTURES = 24
+_PICTURES, _PICTURED_FLIPS, _THUMBNAIL = 24, 72, 72
 _LISTED_FLIPS = 100
 
 
@@ -50,21 +54,22 @@ def verify(
     Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must.
     """
     reference = _reference(model, images, progress)
+    name = _class_namer(model, images)
     cases = list(_cases(exports, engines))
     found: list[dict[str, Any]] = []
     gates: list[GateResult] = []
-    logits: Logits = reference
+    int8_answers: list[Logits] = []
     for case in cases:
         batches = _announced(images, model, case, progress)
         answers = runtimes.answers(case.session, case.artifact, batches)
         comparison = parity.compare(answers, reference, images.names, images.labels)
         conversion = _conversion(case)
         case.session.close()
-        found.append(_as_json(case, comparison, conversion, model))
+        found.append(_as_json(case, comparison, conversion, name))
         if conversion is not None:
             gates.append(_conversion_gate(case.label, conversion))
         if case.artifact.precision is Precision.INT8:
-            logits = answers
+            int8_answers.append(answers)
             gates += [_labelled(case.label, judge(rule, comparison.counts)) for rule in rules]
     gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
     return {
@@ -75,9 +80,17 @@ def verify(
         "evaluated_on": {"origin": images.origin, "images": len(images), "labelled": images.labels is not None},
         "random": model.is_random,
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-        "notes": list(model.notes),
-        "samples": _pictures(model, images, reference, logits),
+        "notes": [*model.notes, *_doubts(reference)],
+        "samples": _pictures(images, reference, int8_answers, name),
     }
+
+
+def _doubts(reference: Logits) -> list[str]:
+    """A network that answers everything alike makes every comparison pass: say so instead of looking good."""
+    spread = float(np.ptp(reference, axis=0).max()) if len(reference) > 1 else 1.0
+    if spread > _CONSTANT * max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny)):
+        return []
+    return ["FP32 PyTorch gives the same answer to every image, so agreement and errors prove nothing here"]
 
 
 def _reference(model: Model, images: Images, progress: Progress) -> Logits:
@@ -122,7 +135,8 @@ def _conversion(case: Case) -> Conversion | None:
 
 
 def _conversion_gate(label: str, found: Conversion) -> GateResult:
-    reason = f"max|d| / max|y| {found.errors.relative:.2g}, SQNR {found.errors.sqnr_db:.1f} dB on {found.images} golden samples"
+    same = "identical" if found.errors.max_abs == 0 else f"max|d| / max|y| {found.errors.relative:.2g}"
+    reason = f"{same}, SQNR {found.errors.sqnr_db:.1f} dB on {found.images} golden samples"
     return GateResult(f"{label}: answers like its own graph ({found.rule})", found.verdict, found.errors.relative, None, reason)
 
 
@@ -142,8 +156,7 @@ def _labelled(label: str, found: GateResult) -> GateResult:
     return GateResult(f"{label}: {found.rule}", found.verdict, found.observed, found.interval, found.reason)
 
 
-def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, model: Model) -> dict[str, Any]:
-    name = _class_namer(model)
+def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, name: Namer) -> dict[str, Any]:
     flips = [
         {
             "image": flip.image,
@@ -176,28 +189,37 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
 
 
-def _pictures(model: Model, images: Images, reference: Logits, engine: Logits) -> list[dict[str, Any]]:
-    """Some images with both decisions, flips first; `confidence` is the engine's softmax of its choice."""
-    name = _class_namer(model)
-    mine, theirs = engine.argmax(axis=1), reference.argmax(axis=1)
-    order = np.argsort(mine == theirs, kind="stable")[:_PICTURES]
-    shifted = np.exp(engine - engine.max(axis=1, keepdims=True))
-    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
-    return [
-        {
-            "png": base64.b64encode(images.thumbnail(int(index))).decode(),
-            "name": images.names[index],
-            "label": None if images.labels is None else name(int(images.labels[index])),
-            "reference": name(int(theirs[index])),
-            "engine": name(int(mine[index])),
-            "confidence": float(confidence[index]),
-        }
-        for index in order
-    ]
+def _pictures(images: Images, reference: Logits, answers: Sequence[Logits], name: Namer) -> list[dict[str, Any]]:
+    """Some pictures with both decisions: first those on which an INT8 answer differs, then the first of the others.
+
+    The decision shown is that of the first INT8 answer that differs, or else agrees; `confidence` is its softmax.
+    """
+    theirs = reference.argmax(axis=1)
+    differing = {int(index): logits for logits in reversed(answers) for index in np.flatnonzero(logits.argmax(axis=1) != theirs)}
+    usual = answers[0] if answers else reference
+    others = [index for index in range(len(images)) if index not in differing]
+    shown = sorted(differing)[:_PICTURED_FLIPS] + others[: max(0, _PICTURES - len(differing))]
+    pictures = []
+    for index in shown:
+        row = differing.get(index, usual)[index]
+        odds = np.exp(row - row.max())
+        pictures.append(
+            {
+                "png": base64.b64encode(images.thumbnail(index, side=_THUMBNAIL)).decode(),
+                "name": images.names[index],
+                "label": None if images.labels is None else name(int(images.labels[index])),
+                "reference": name(int(theirs[index])),
+                "engine": name(int(row.argmax())),
+                "confidence": float(odds.max() / odds.sum()),
+            }
+        )
+    return pictures
 
 
-def _class_namer(model: Model) -> Any:
-    return lambda index: model.classes[index] if index < len(model.classes) else f"class {index}"
+def _class_namer(model: Model, images: Images) -> Namer:
+    """The network's names for its classes, else those of the labelled folders, else numbers."""
+    names = model.classes or (images.classes if images.labels is not None else ())
+    return lambda index: names[index] if index < len(names) else f"class {index}"
 
 
 def _summary(found: Iterable[Mapping[str, Any]]) -> str:

@@ -18,10 +18,11 @@ from deploykit.errors import ModelError, printable
 from deploykit.models import batch_norm, cifar_resnet, lenet, torchvision, user
 from deploykit.models.architecture import Architecture, Weights
 from deploykit.models.checkpoint import fit, load_state_dict
+from deploykit.models.head import with_classes
 from deploykit.models.preprocess import of_network, resolve
 from deploykit.recipe import ModelTable, PreprocessTable
 
-__all__ = ["Entry", "Model", "calibrate_batch_norm", "catalogue", "load"]
+__all__ = ["Entry", "Model", "calibrate_batch_norm", "catalogue", "load", "with_classes"]
 
 _AS_IT_COMES = PreprocessTable()
 # name: (parameters, 10^9 multiply-accumulates of one input), with ten classes; a test counts both.

@@ -58,11 +58,13 @@ def _convert_initializers(graph: ir.Graph) -> int:
     for name, value in graph.initializers.items():
         if value.const_value is None or value.dtype != _FLOAT:
             continue
+        if any(use.node.op_type == "Resize" and use.idx == 2 for use in value.uses()):
+            continue  # its scales are float32 whatever the type of what it resizes
         wide = value.const_value.numpy()
         with np.errstate(over="ignore", under="ignore"):
             narrow = wide.astype(np.float16)
-        if not np.isfinite(narrow).all():
-            problems.append(f"{name}: {np.abs(wide).max():.4g} is beyond float16's {_FP16_MAX:,.0f}")
+        if (np.isfinite(wide) & ~np.isfinite(narrow)).any():
+            problems.append(f"{name}: {np.abs(wide[np.isfinite(wide)]).max():.4g} is beyond float16's {_FP16_MAX:,.0f}")
         lost = int(((narrow == 0) & (wide != 0)).sum())
         if lost and name in scales:
             problems.append(f"{name}: the scale {np.abs(wide[wide != 0]).min():.3g} rounds to zero in float16")
@@ -77,13 +79,13 @@ def _convert_initializers(graph: ir.Graph) -> int:
 def _cast_at_the_ends(graph: ir.Graph) -> None:
     """Inputs and outputs stay float32, so that a program feeds and reads the same whatever the precision."""
     for value in list(graph.inputs):
+        readers = list(value.uses())  # before the Cast becomes one
         cast = ir.node("Cast", [value], {"to": _HALF}, name=f"{value.name}/Cast")
         cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
             f"{value.name}/fp16",
             ir.TensorType(_HALF),
             value.shape,
         )
-        readers = list(value.uses())
         graph.insert_before(graph.node(0), cast)
         for reader, index in readers:
             reader.replace_input_with(index, cast.outputs[0])

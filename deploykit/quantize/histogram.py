@@ -6,6 +6,7 @@ of ResNet-50's 17 million activations an image costs as much as its inference.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ SAMPLE = 1 << 15
 
 @dataclass
 class Histogram:
-    """Counts of `BINS` equal bins over [-limit, limit], where `limit` doubles whenever a value lies outside.
+    """Counts of `BINS` equal bins over [-limit, limit), where `limit` doubles whenever a value lies outside.
 
     Doubling merges pairs of bins exactly, so the counts do not depend on the order of the batches.
     """
@@ -37,15 +38,15 @@ class Histogram:
         flat = values.reshape(-1)
         # An odd stride visits every column of the usual even-sized feature maps in turn.
         sample = flat[:: (flat.size // SAMPLE) | 1] if flat.size > SAMPLE else flat
-        if self.limit > 0:
-            bins = ((sample + self.limit) * (BINS / (2 * self.limit))).astype(np.int32)
-            self.counts += np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
+        # The bin width is a power of two, so in float64 this division is exact; zeros lie in the middle at any limit.
+        bins = np.floor(sample.astype(np.float64) * (BINS / (2 * self.limit) if self.limit else 0.0)).astype(np.int64)
+        self.counts += np.bincount(bins + BINS // 2, minlength=BINS)
 
     def _grow(self, needed: float) -> None:
         if self.limit == 0 and needed > 0:
-            # A power of two, so that every histogram's bins nest in every other's.
-            self.limit = float(2.0 ** np.ceil(np.log2(needed)))
-        while needed > self.limit:
+            # The next power of two above it, so that every histogram's bins nest in every other's.
+            self.limit = 2.0 ** math.frexp(needed)[1]
+        while needed >= self.limit > 0:
             quarter = BINS // 4
             merged = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.concatenate([np.zeros(quarter, np.int64), merged, np.zeros(quarter, np.int64)])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from deploykit.errors import StageError
 from deploykit.progress import Progress, silent
 from deploykit.quantize.histogram import Histogram
-from deploykit.runtimes import onnxruntime, run
+from deploykit.runtimes import onnxruntime, padded, run
 
 
 def observe(
@@ -23,7 +23,8 @@ def observe(
     Raises StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
     """
     graph = ir.load(model)
-    source = graph.graph.inputs[0].name or ""
+    source, shape = graph.graph.inputs[0].name or "", graph.graph.inputs[0].shape
+    size = shape[0] if shape is not None else None
     original = [value.name for value in graph.graph.outputs]
     by_name = {value.name: value for node in graph.graph for value in node.outputs}
     for name in tensors:
@@ -34,10 +35,11 @@ def observe(
     broken: set[str] = set()
     done = 0
     for batch in batches:
-        values = {source: batch, **run(session, {source: batch})}
+        whole = padded(batch, size if isinstance(size, int) else None)
+        values = {source: whole, **run(session, {source: whole})}
         for name, histogram in histograms.items():
             try:
-                histogram.add(values[name])
+                histogram.add(values[name][: len(batch)])  # without the padding of a graph with a fixed batch
             except ValueError:
                 broken.add(name)
         if broken:

@@ -95,6 +95,8 @@ def _why_float(node: ir.Node) -> str:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and bias.const_value is None:
         return "its bias is computed in the graph, not constant"
+    if bias is not None and bias.const_value is not None and len(bias.const_value.shape) != 1:
+        return "its bias is not one number for each output channel"
     return ""
 
 
@@ -155,10 +157,13 @@ def _wanting(graph: ir.Graph, int8: set[ir.Node]) -> set[ir.Node]:
 
 
 def _is_between(node: ir.Node) -> bool:
-    """An Add of two activations of one shape; the other operators always qualify."""
-    if node.op_type != "Add":
-        return True
-    return len(_activations(node)) == 2 and node.inputs[0] is not None and node.inputs[1] is not None
+    """An Add of two activations, a Pad with zeros; the other operators always qualify."""
+    if node.op_type == "Add":
+        return len(_activations(node)) == 2
+    if node.op_type == "Pad" and len(node.inputs) > 2 and (fill := node.inputs[2]) is not None:
+        # Pooling is often padded with -inf, which no scale represents.
+        return fill.const_value is not None and not fill.const_value.numpy().any()
+    return True
 
 
 def _reads_activation(node: ir.Node, index: int) -> bool:

@@ -111,18 +111,18 @@ def _verdict(verdicts: Sequence[str]) -> str | None:
 
 
 def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: Mapping[str, Any] | None) -> list[str]:
-    lines = []
+    missing = {engine.runtime: engine.why for engine in engines if engine.built is None}
+    lines = [f"no {runtime} engine was built: {why}" for runtime, why in missing.items()]
     for engine in engines:
-        if engine.built is None:
-            lines.append(f"no {engine.label} engine was built: {engine.why}")
-        elif engine.model.precision is Precision.INT8 and engine.realised is not None:
-            lines.append(f"int8 {engine.realised.int8}/{len(engine.realised.layers)}")
+        if engine.model.precision is Precision.INT8 and engine.realised is not None:
+            lines.append(f"{engine.runtime} int8 {engine.realised.int8}/{len(engine.realised.layers)}")
     for case in compared["parity"]:
         if case["precision"] == Precision.INT8.value:
-            lines.append(f"{case['disagreement_count']} of {case['images']} images decided otherwise than FP32 PyTorch")
+            decided = f"{case['disagreement_count']} of {case['images']} images decided otherwise than FP32 PyTorch"
+            lines.append(f"{case['label']}: {decided}")
             if case["accuracy"] is not None:
                 mine, theirs = 100 * case["accuracy"]["engine"], 100 * case["accuracy"]["reference"]
-                lines.append(f"accuracy {mine:.2f} % (FP32 {theirs:.2f} %)")
+                lines.append(f"{case['label']}: accuracy {mine:.2f} % (FP32 {theirs:.2f} %)")
     for ratio in (measured or {}).get("ratios", []):
         low, high = ratio["interval"]
         lines.append(f"latency {ratio['ratio']:.2f} times FP32 (95 % {low:.2f} to {high:.2f})")

@@ -176,9 +176,13 @@ def answers(session: Session, model: Artifact, batches: Iterable[NDArray[np.floa
     size = source.shape[0]
     found = []
     for batch in batches:
-        whole = np.resize(batch, (size, *batch.shape[1:])) if isinstance(size, int) and len(batch) < size else batch
-        found.append(run(session, {source.name: whole})[result.name][: len(batch)])
+        found.append(run(session, {source.name: padded(batch, size)})[result.name][: len(batch)])
     return np.concatenate(found)
+
+
+def padded(batch: NDArray[np.float32], size: int | str | None) -> NDArray[np.float32]:
+    """The batch, its images repeated until there are `size` of them when that is a number."""
+    return np.resize(batch, (size, *batch.shape[1:])) if isinstance(size, int) and len(batch) < size else batch
 
 
 def pieces(model: Artifact, samples: Samples) -> list[NDArray[np.float32]]:
@@ -201,6 +205,8 @@ def check_inputs(inputs: Tensors, expected: Sequence[tuple[str, str, Sequence[in
         array = inputs[name]
         if array.dtype.name != dtype:
             problems.append(f"input {name!r} is {array.dtype.name}, the model takes {dtype}")
+        elif not array.dtype.isnative:
+            problems.append(f"input {name!r} has the byte order of another machine ({array.dtype.str})")
         if len(array.shape) != len(shape) or any(
             isinstance(want, int) and have != want for have, want in zip(array.shape, shape, strict=False)
         ):

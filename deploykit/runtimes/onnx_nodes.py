@@ -29,6 +29,8 @@ def read_nodes(path: Path) -> list[Node]:
     content = memoryview(path.read_bytes())
     try:
         graphs = [value for number, value in _fields(content) if number == 7]
+        if not graphs:
+            raise ValueError("it holds no graph")
         return [_node(value) for graph in graphs for number, value in _fields(graph) if number == 1]
     except (IndexError, ValueError) as error:
         raise UsageError(f"{printable(path)} is not an ONNX file", why=str(error)) from error
@@ -70,3 +72,5 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 0x80:
             return value, position
+        if shift == 70:  # without this bound, a file of 0xFF bytes takes time quadratic in its size
+            raise ValueError("a number is longer than ten bytes")

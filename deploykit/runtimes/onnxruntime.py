@@ -83,7 +83,12 @@ def build(model: Artifact, folder: Path, *, threads: int) -> Artifact:
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(folder / ENGINE)
-    _open(model.path.read_bytes(), options, model.path)
+    try:
+        _open(model.path.read_bytes(), options, model.path)
+    except DeploykitError:
+        # ONNX Runtime calls a full disk a failed serialization; one more file of that size makes the disk itself answer.
+        (folder / "probe").write_bytes(bytes(model.path.stat().st_size))
+        raise
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     return replace(
         model,
@@ -151,7 +156,7 @@ def _census(nodes: Sequence[Node]) -> dict[str, dict[str, int]]:
     integers: set[str] = set()
     found: dict[str, Counter[str]] = {"int8": Counter(), "float": Counter(), "boundary": Counter()}
     for node in nodes:
-        on_integers = bool(node.inputs) and node.inputs[0] in integers
+        on_integers = any(name in integers for name in node.inputs)
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             kind, gives_integers = "boundary", node.op == "QuantizeLinear"
         elif node.op in _INT8_KERNELS or on_integers:

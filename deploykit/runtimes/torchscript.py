@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class TorchScriptSession:
 
     def fetch(self) -> Tensors:
         """The outputs of the last execute, copied."""
-        return {spec.name: np.array(value) for spec, value in zip(self._outputs, self._answers, strict=True)}
+        return {spec.name: np.array(value.numpy()) for spec, value in zip(self._outputs, self._answers, strict=True)}
 
     def close(self) -> None:
         """Drop the module."""
@@ -48,7 +49,10 @@ def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     with torch.no_grad(), _without_deprecation():
         traced = torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
         # optimize_for_inference would tie the file to this CPU (MKL-DNN layouts); freezing keeps it portable.
-        torch.jit.save(torch.jit.freeze(traced), str(path))
+        content = io.BytesIO()
+        torch.jit.save(torch.jit.freeze(traced), content)
+    # Not saved to the path: on a full disk torch's own writer aborts the process.
+    path.write_bytes(content.getbuffer())
 
 
 def load(model: Artifact) -> TorchScriptSession:

@@ -1,0 +1,24 @@
+"""Where benchmarks keep their raw samples: DIR/<machine>/<name>.json, with the machine and versions in the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploykit.jsonable import to_json
+from deploykit.machine import Machine
+
+
+def write(name: str, content: Mapping[str, Any], output: Path | None) -> None:
+    """Write `content` under the machine's own folder; nothing when `output` is None."""
+    if output is None:
+        return
+    machine = Machine.probe()
+    features = "vnni" if machine.has_int8_dot_product else "no-vnni"
+    folder = output / re.sub(r"[^a-z0-9]+", "-", f"{machine.cpu} {machine.cores} cores {features}".lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": to_json(machine), **content}, indent=1) + "\n")
+    print(f"raw samples: {folder / f'{name}.json'}")

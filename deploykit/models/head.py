@@ -1,0 +1,55 @@
+"""A new last layer, so that a trained network can learn other classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from deploykit.errors import ModelError
+
+if TYPE_CHECKING:
+    from deploykit.models import Model
+
+
+def with_classes(model: Model, classes: Sequence[str], *, seed: int) -> Model:
+    """The network with one output for each of `classes`; its module is changed in place.
+
+    The head stays when it already answers for these classes: their names are the same, or only their number is known
+    and fits. Otherwise the last Linear or Conv2d that is as wide as the network's answer gets a new, seeded one in its place.
+    Raises ModelError when there is no such layer.
+    """
+    if model.num_classes == len(classes) and model.classes in ((), tuple(classes)):
+        return replace(model, classes=tuple(classes))
+    heads = [
+        (name, part)
+        for name, part in model.module.named_modules()
+        if (isinstance(part, nn.Linear) and part.out_features == model.num_classes)
+        or (isinstance(part, nn.Conv2d) and part.out_channels == model.num_classes)
+    ]
+    if not heads:
+        raise ModelError(
+            f"{model.name} has no last layer that can be replaced",
+            why=f"none of its Linear and Conv2d layers has {model.num_classes} outputs",
+            fix=f"build it with {len(classes)} classes: a factory that takes num_classes, or model.classes",
+        )
+    name, old = heads[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        new = _like(old, len(classes))
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.module.get_submodule(parent), attribute, new)
+    note = f"{name} is new: {len(classes)} classes instead of {model.num_classes}"
+    return replace(model, num_classes=len(classes), classes=tuple(classes), notes=(*model.notes, note))
+
+
+def _like(old: nn.Module, classes: int) -> nn.Module:
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, classes, bias=old.bias is not None)
+    assert isinstance(old, nn.Conv2d)
+    # The kernel is 1x1 in every published network of this kind (SqueezeNet); other shapes are kept as they are.
+    shape = (old.kernel_size, old.stride, old.padding, old.dilation)
+    return nn.Conv2d(old.in_channels, classes, *shape, groups=old.groups, bias=old.bias is not None)  # type: ignore[arg-type]

@@ -1,0 +1,299 @@
+"""What a gate rule may say, and when it passes, fails or cannot be told."""
+
+from __future__ import annotations
+
+import random
+from math import inf, log, sqrt
+
+import hypothesis
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from deploykit.gate import (
+    PairedCounts,
+    Rule,
+    Verdict,
+    judge,
+    paired_difference_interval,
+    parse_rule,
+    smallest_visible_drop,
+    wilson_interval,
+)
+
+Z95 = 1.959963984540054
+PASS, FAIL, CANNOT_TELL = Verdict.PASS, Verdict.FAIL, Verdict.CANNOT_TELL
+RULES = st.one_of(
+    st.builds(Rule, st.just("disagreements"), st.integers(0, 999_999_999).map(float)),
+    st.builds(Rule, st.sampled_from(["agreement", "drop"]), st.decimals(0, 100, places=9).map(float)),
+)
+TABLES = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 400)).filter(any)
+
+
+def verdict(rule: str, counts: PairedCounts) -> Verdict:
+    return judge(parse_rule(rule), counts).verdict
+
+
+class TestRules:
+    @settings(deadline=None)
+    @hypothesis.given(rule=RULES)
+    def test_a_rule_that_is_written_down_can_be_read_again(self, rule):
+        assert parse_rule(str(rule)) == rule
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "disagreements <= 1234567",
+            "agreement >= 99.99999 %",
+            "agreement >= 100 %",
+            "drop <= 0.000000001 points",
+            "drop <= 0.5 points",
+        ],
+    )
+    def test_a_rule_is_repeated_with_every_digit_and_without_an_exponent(self, text):
+        assert str(parse_rule(text)) == text
+
+    @pytest.mark.parametrize("text", ["drop<=0.5points", "  drop  <=  0.50  points  ", "drop <= 00.5 points\n"])
+    def test_spaces_and_zeros_do_not_matter(self, text):
+        assert parse_rule(text) == Rule("drop", 0.5)
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("", "'' is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'disagreements <= 2'"),
+            ("drop <= -1 points", "is not a gate rule"),
+            ("drop <= nan points", "is not a gate rule"),
+            ("drop <= 1e-3 points", "is not a gate rule"),
+            ("drop <= ٣ points", "is not a gate rule"),
+            ("drop < 1 points", "is not a gate rule"),
+            ("drop <= 0.5 points and agreement >= 99 %", "is not a gate rule"),
+            ("disagreements <= " + "9" * 400, "is not a gate rule"),
+            ("loss <= 0.5 points", "unknown metric 'loss'; known are disagreements, agreement, drop"),
+            ("drop <= 0.5", "write 'drop <= 0.5 points'"),
+            ("drop <= 0.5 %", "write 'drop <= 0.5 points'"),
+            ("drop >= 0.5 points", "write 'drop <= 0.5 points'"),
+            ("agreement <= 99 %", "write 'agreement >= 99 %'"),
+            ("disagreements <= 2 points", "write 'disagreements <= 2'"),
+            ("disagreements <= 2.5", "images are counted in whole numbers"),
+            ("agreement >= 100.1 %", "no agreement is above 100 %"),
+            ("drop <= 500 points", "no drop is above 100 points"),
+        ],
+    )
+    def test_what_is_no_rule_is_quoted_with_the_reason(self, text, why):
+        with pytest.raises(ValueError, match=why) as caught:
+            parse_rule(text)
+
+        assert str(caught.value).startswith(repr(text))
+
+
+class TestWilsonsInterval:
+    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, 1998, table I.
+    @pytest.mark.parametrize(
+        ("successes", "trials", "low", "high"),
+        [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    )
+    def test_it_has_the_published_values(self, successes, trials, low, high):
+        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+    @settings(deadline=None, max_examples=50)
+    @hypothesis.given(trials=st.integers(1, 10_000), data=st.data())
+    def test_its_ends_are_the_shares_that_the_score_test_just_does_not_reject(self, trials, data):
+        successes = data.draw(st.integers(0, trials))
+
+        for end in wilson_interval(successes, trials):
+            if 0 < end < 1:
+                assert abs(successes / trials - end) / sqrt(end * (1 - end) / trials) == pytest.approx(Z95)
+
+    @pytest.mark.parametrize("trials", [1, 10, 13, 25, 1000, 10**7])
+    def test_all_and_none_reach_the_very_end(self, trials):
+        assert wilson_interval(trials, trials)[1] == 1
+        assert wilson_interval(0, trials)[0] == 0
+
+    @settings(deadline=None, max_examples=50)
+    @hypothesis.given(trials=st.integers(1, 10_000), data=st.data())
+    def test_failures_have_the_mirror_image_of_the_interval_of_successes(self, trials, data):
+        successes = data.draw(st.integers(0, trials))
+
+        low, high = wilson_interval(successes, trials)
+
+        assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def score_by_brute_force(lost: int, gained: int, images: int, difference: float) -> float:
+    """The score statistic at P(lost) - P(gained) = difference, its nuisance parameter found by golden-section search."""
+
+    def log_likelihood(share: float) -> float:
+        parts = ((gained, share), (lost, share + difference), (images - lost - gained, 1 - 2 * share - difference))
+        return sum((count * log(p) if p > 0 else -inf) for count, p in parts if count)
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    ratio = (sqrt(5) - 1) / 2
+    for _ in range(80):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (left, high) if log_likelihood(left) < log_likelihood(right) else (low, right)
+    share = (low + high) / 2
+    variance = images * (2 * share + difference - difference**2)
+    return (lost - gained - images * difference) / sqrt(variance)
+
+
+class TestTangosInterval:
+    # The first is the example of airway hyper-responsiveness in Fagerland, Lydersen and Laake, "Recommended tests and
+    # confidence intervals for paired binomial proportions", Statistics in Medicine 33, 2014: -0.517 to -0.026.
+    # The second is the example of contact lenses in Tango's own paper: 1 of 44 pairs differs, -0.118 to 0.059.
+    @pytest.mark.parametrize(("lost", "gained", "images", "low", "high"), [(1, 7, 21, -0.517, -0.026), (0, 1, 44, -0.118, 0.059)])
+    def test_it_has_the_published_values(self, lost, gained, images, low, high):
+        assert paired_difference_interval(lost, gained, images) == pytest.approx((low, high), abs=5e-4)
+
+    @settings(deadline=None, max_examples=50)
+    @hypothesis.given(table=TABLES)
+    def test_its_ends_are_the_differences_that_the_score_test_just_does_not_reject(self, table):
+        lost, gained, _ = table
+        images = sum(table)
+
+        low, high = paired_difference_interval(lost, gained, images)
+
+        assert -1 <= low <= (lost - gained) / images <= high <= 1
+        if low > -1 + 1e-9 and lost < images:
+            assert score_by_brute_force(lost, gained, images, low) == pytest.approx(Z95, abs=1e-4)
+        if high < 1 - 1e-9 and gained < images:
+            assert score_by_brute_force(lost, gained, images, high) == pytest.approx(-Z95, abs=1e-4)
+
+    @settings(deadline=None, max_examples=50)
+    @hypothesis.given(table=TABLES)
+    def test_what_one_lost_the_other_gained(self, table):
+        lost, gained, _ = table
+
+        low, high = paired_difference_interval(lost, gained, sum(table))
+
+        assert paired_difference_interval(gained, lost, sum(table)) == pytest.approx((-high, -low), abs=1e-9)
+
+    @pytest.mark.parametrize(("lost_share", "gained_share"), [(0.02, 0.02), (0.01, 0.0), (0.05, 0.02), (0.3, 0.1)])
+    def test_it_holds_the_truth_about_95_times_in_100(self, lost_share, gained_share):
+        draws, images, truth = random.Random(0), 200, lost_share - gained_share
+        held = 0
+        for _ in range(400):
+            flips = [draws.random() for _ in range(images)]
+            lost = sum(flip < lost_share for flip in flips)
+            gained = sum(lost_share <= flip < lost_share + gained_share for flip in flips)
+            low, high = paired_difference_interval(lost, gained, images)
+            held += low <= truth <= high
+
+        assert held >= 0.92 * 400
+
+    @pytest.mark.parametrize("images", [1, 10, 500, 10**6])
+    def test_without_a_single_flip_about_four_in_n_may_still_flip(self, images):
+        # In closed form: z^2 / (n + z^2).
+        wanted = Z95**2 / (images + Z95**2)
+
+        assert paired_difference_interval(0, 0, images) == pytest.approx((-wanted, wanted))
+        assert smallest_visible_drop(images) == pytest.approx(100 * wanted)
+
+    def test_all_lost_is_all_lost(self):
+        assert paired_difference_interval(10, 0, 10)[1] == 1
+        assert paired_difference_interval(0, 10, 10)[0] == -1
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(("disagreements", "wanted"), [(0, PASS), (2, PASS), (3, FAIL)])
+    def test_a_count_is_decided_exactly(self, disagreements, wanted):
+        found = judge(parse_rule("disagreements <= 2"), PairedCounts(540, disagreements))
+
+        assert (found.verdict, found.observed, found.interval) == (wanted, disagreements, None)
+        assert found.reason == f"{disagreements} of 540 images"
+
+    @pytest.mark.parametrize(
+        ("images", "disagreements", "wanted"),
+        [(1000, 0, PASS), (1000, 3, PASS), (1000, 10, CANNOT_TELL), (1000, 30, FAIL), (100, 0, CANNOT_TELL), (1, 1, FAIL)],
+    )
+    def test_an_agreement_is_judged_by_its_interval(self, images, disagreements, wanted):
+        assert verdict("agreement >= 99 %", PairedCounts(images, disagreements)) is wanted
+
+    @pytest.mark.parametrize(
+        ("images", "lost", "gained", "wanted"),
+        [
+            (1000, 0, 0, PASS),
+            (1000, 5, 5, CANNOT_TELL),
+            (1000, 0, 20, PASS),
+            (1000, 40, 0, FAIL),
+            (100, 0, 0, CANNOT_TELL),
+        ],
+    )
+    def test_a_drop_is_judged_by_its_interval(self, images, lost, gained, wanted):
+        assert verdict("drop <= 0.5 points", PairedCounts(images, lost + gained, lost, gained)) is wanted
+
+    @pytest.mark.parametrize("images", [1, 10, 13, 25, 1000])
+    def test_an_engine_that_agrees_on_every_image_never_fails(self, images):
+        assert verdict("agreement >= 100 %", PairedCounts(images, 0)) is CANNOT_TELL
+        assert verdict("drop <= 0 points", PairedCounts(images, 0, 0, 0)) is CANNOT_TELL
+        assert verdict("disagreements <= 0", PairedCounts(images, 0)) is PASS
+
+    @settings(deadline=None, max_examples=50)
+    @hypothesis.given(table=TABLES, limit=st.integers(0, 100))
+    def test_one_more_lost_image_never_makes_a_verdict_better(self, table, limit):
+        lost, gained, _ = table
+        order = [PASS, CANNOT_TELL, FAIL]
+        worse = PairedCounts(sum(table) + 1, lost + gained + 1, lost + 1, gained)
+        counts = PairedCounts(sum(table) + 1, lost + gained, lost, gained)
+
+        for rule in (Rule("drop", limit), Rule("agreement", limit), Rule("disagreements", limit)):
+            assert order.index(judge(rule, worse).verdict) >= order.index(judge(rule, counts).verdict)
+
+    def test_a_drop_needs_labels(self):
+        with pytest.raises(ValueError, match=r"'drop <= 0\.5 points' needs labelled images"):
+            judge(parse_rule("drop <= 0.5 points"), PairedCounts(100, 0))
+
+    def test_the_reason_has_the_numbers(self):
+        found = judge(parse_rule("drop <= 0.5 points"), PairedCounts(1000, 40, 40, 0))
+
+        assert found.reason == "observed 4.00, 95 % interval 2.95 to 5.40 on 1000 images"
+        assert found.observed == 4
+        assert found.interval == pytest.approx((2.951, 5.403), abs=5e-3)
+
+
+class TestHowManyImagesWouldDecide:
+    def wanted(self, rule: str, counts: PairedCounts) -> int:
+        """The number in the reason."""
+        found = judge(parse_rule(rule), counts)
+        assert found.verdict is CANNOT_TELL
+        return int(found.reason.partition("; about ")[2].removesuffix(" images would decide it"))
+
+    def test_without_a_flip_it_is_few(self):
+        images = self.wanted("drop <= 0.5 points", PairedCounts(100, 0, 0, 0))
+
+        assert images == 765
+        assert verdict("drop <= 0.5 points", PairedCounts(images, 0, 0, 0)) is PASS
+        assert verdict("drop <= 0.5 points", PairedCounts(images - 1, 0, 0, 0)) is CANNOT_TELL
+
+    @pytest.mark.parametrize(
+        ("rule", "images", "lost", "gained"),
+        [
+            ("drop <= 0.5 points", 100, 1, 1),
+            ("drop <= 0.5 points", 1000, 8, 2),
+            ("drop <= 2 points", 300, 5, 1),
+            ("agreement >= 99 %", 100, 0, 0),
+            ("agreement >= 99 %", 500, 3, 4),
+            ("agreement >= 90 %", 20, 1, 0),
+        ],
+    )
+    def test_so_many_images_of_the_same_kind_decide_it(self, rule, images, lost, gained):
+        wanted = self.wanted(rule, PairedCounts(images, lost + gained, lost, gained))
+
+        def times(factor: float) -> PairedCounts:
+            more = [round(count * factor) for count in (lost, gained)]
+            return PairedCounts(round(images * factor), sum(more), *more)
+
+        assert verdict(rule, times(1.3 * wanted / images)) is not CANNOT_TELL
+        assert verdict(rule, times(max(1, 0.7 * wanted / images))) is CANNOT_TELL
+
+    @pytest.mark.parametrize(("images", "disagreements"), [(5, 1), (10, 3), (15, 12), (100, 7), (1000, 5)])
+    def test_at_the_limit_itself_no_number_decides_it(self, images, disagreements):
+        limit = 100 * (images - disagreements) / images
+
+        found = judge(parse_rule(f"agreement >= {limit} %"), PairedCounts(images, disagreements))
+
+        assert found.reason.endswith("the observed value is the limit itself, so no number of images decides it")
+
+    def test_a_hair_from_the_limit_no_number_is_promised(self):
+        found = judge(parse_rule("drop <= 0.333333333 points"), PairedCounts(300, 1, 1, 0))
+
+        assert found.reason.endswith("; more than 1000000000 images would be needed to decide it")

@@ -1,0 +1,676 @@
+"""Calibration, scales, and where Q/DQ goes for each runtime: laws on arrays, then real graphs on ONNX Runtime."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from onnx import numpy_helper
+
+from deploykit import build, parity, quantize
+from deploykit.artifact import Artifact, Precision
+from deploykit.errors import StageError, UsageError
+from deploykit.quantize import half, observe, place
+from deploykit.quantize.histogram import BINS, SAMPLE, Histogram
+from deploykit.quantize.ranges import Range, affine_uint8, minmax, percentile, symmetric_int8, weight_scales
+from deploykit.recipe import QuantizeTable
+from deploykit.runtimes import onnxruntime
+
+few = settings(deadline=None, max_examples=60)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+ends = st.tuples(st.floats(-(2.0**100), 2.0**100), st.floats(-(2.0**100), 2.0**100)).map(sorted)
+tensors = arrays.arrays(np.float32, st.integers(1, 40), elements=floats)
+NAMES = sorted(networks.NETWORKS)
+INT8 = onnx.TensorProto.INT8
+INT32 = onnx.TensorProto.INT32
+
+
+def histogram(*batches: np.ndarray) -> Histogram:
+    seen = Histogram()
+    for batch in batches:
+        seen.add(np.asarray(batch, np.float32))
+    return seen
+
+
+def same(first: Histogram, second: Histogram) -> bool:
+    edges = (first.low, first.high, first.limit) == (second.low, second.high, second.limit)
+    return edges and np.array_equal(first.counts, second.counts)
+
+
+class TestHistogram:
+    @few
+    @given(st.lists(tensors, min_size=1, max_size=6), st.randoms(use_true_random=False))
+    def test_the_order_of_the_batches_does_not_matter(self, batches, random):
+        shuffled = random.sample(batches, len(batches))
+
+        assert same(histogram(*batches), histogram(*shuffled))
+
+    @few
+    @given(st.lists(tensors, min_size=1, max_size=6))
+    def test_how_images_are_batched_does_not_matter_while_every_value_is_sampled(self, batches):
+        assert same(histogram(*batches), histogram(np.concatenate(batches)))
+
+    @few
+    @given(st.lists(tensors, min_size=1, max_size=6))
+    def test_minimum_and_maximum_are_exact_and_every_value_is_counted(self, batches):
+        seen, values = histogram(*batches), np.concatenate(batches)
+
+        assert (seen.low, seen.high) == (values.min(), values.max())
+        assert seen.counts.sum() == values.size
+
+    @few
+    @given(tensors)
+    def test_a_value_lies_in_the_bin_that_says_so(self, values):
+        seen = histogram(values)
+
+        width = 2 * seen.limit / BINS
+        for index in np.flatnonzero(seen.counts):
+            low, high = (index - BINS // 2) * width, (index + 1 - BINS // 2) * width
+            wide = values.astype(np.float64)
+            assert seen.counts[index] == (((low <= wide) & (wide < high)).sum() if width else values.size)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_values_that_are_not_finite_are_refused_and_change_nothing(self, bad):
+        seen, before = histogram([1.0, 2.0]), histogram([1.0, 2.0])
+
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            seen.add(np.array([0.5, bad], np.float32))
+        assert same(seen, before)
+
+    @pytest.mark.parametrize("batches", [([1.5], [2.0]), ([1.5], [-2.0]), ([0.0], [2.0]), ([1e-40], [1.0], [3e38])])
+    def test_a_value_at_the_very_edge_makes_the_histogram_grow(self, batches):
+        assert same(histogram(*batches), histogram(*batches[::-1]))
+        assert histogram(*batches).counts.sum() == len(batches)
+
+    def test_an_all_zero_tensor_has_the_range_of_zero(self):
+        seen = histogram(np.zeros(10))
+
+        assert minmax(seen) == percentile(seen, 99.9) == Range(0.0, 0.0)
+
+    @pytest.mark.parametrize("value", [1e-42, 3.7, -2.0, 3e38])
+    def test_a_constant_tensor_has_the_range_from_zero_to_it(self, value):
+        seen = histogram(np.full(10, value))
+
+        wanted = Range.of(np.float32(value), np.float32(value))
+        assert minmax(seen) == percentile(seen, 99.9) == wanted
+
+    def test_a_large_tensor_is_sampled_but_its_extremes_are_not(self):
+        values = np.zeros((1, 64, 56, 56), np.float32)
+        values[0, 17, 31, 29] = 9.0
+
+        seen = histogram(values)
+
+        assert seen.high == 9.0
+        assert SAMPLE / 2 <= seen.counts.sum() <= SAMPLE * 2
+
+    def test_the_sample_of_a_feature_map_comes_from_all_its_columns(self):
+        column = np.broadcast_to(np.arange(1, 65, dtype=np.float32), (1, 64, 64, 64))
+
+        seen = histogram(np.ascontiguousarray(column))
+
+        assert np.count_nonzero(seen.counts) == 64
+
+    def test_what_was_saved_is_what_is_loaded(self, tmp_path):
+        seen = {"a/Conv": histogram([1.0, -3.0]), "image": histogram([0.0])}
+
+        observe.save(seen, tmp_path / "observations.npz")
+        loaded = observe.load(tmp_path / "observations.npz")
+
+        assert list(loaded) == list(seen)
+        assert all(same(loaded[name], seen[name]) for name in seen)
+
+
+class TestRanges:
+    @pytest.mark.parametrize("draw", ["random", "standard_normal", "standard_exponential"])
+    @pytest.mark.parametrize("percent", [99.0, 99.9])
+    def test_a_percentile_is_numpys_to_within_two_bins(self, draw, percent):
+        values = getattr(np.random.default_rng(3), draw)(30_000).astype(np.float32)
+        seen = histogram(*values.reshape(10, -1))
+
+        kept = percentile(seen, percent)
+
+        tail = (100 - percent) / 2
+        low, high = np.percentile(values, [tail, 100 - tail])
+        assert kept.low == pytest.approx(min(low, 0), abs=2 * 2 * seen.limit / BINS)
+        assert kept.high == pytest.approx(high, abs=2 * 2 * seen.limit / BINS)
+
+    @few
+    @given(tensors, st.floats(90, 100))
+    def test_a_percentile_never_leaves_the_exact_minimum_and_maximum(self, values, percent):
+        seen = histogram(values)
+
+        kept, whole = percentile(seen, percent), minmax(seen)
+
+        assert whole.low <= kept.low <= 0 <= kept.high <= whole.high
+
+    @few
+    @given(tensors)
+    def test_a_percentile_of_one_hundred_is_minmax(self, values):
+        assert percentile(histogram(values), 100) == minmax(histogram(values))
+
+    def test_a_percentile_cuts_an_outlier_that_minmax_keeps(self):
+        seen = histogram(np.append(np.linspace(0, 1, 10_000), 100))
+
+        assert minmax(seen).high == 100
+        assert percentile(seen, 99.9).high == pytest.approx(1, abs=2 * seen.limit / BINS)
+
+    def test_a_range_that_is_not_finite_is_refused(self):
+        with pytest.raises(ValueError, match="not finite"):
+            Range.of(0.0, np.inf)
+
+
+@pytest.mark.parametrize("compute", [affine_uint8, symmetric_int8])
+class TestScalesOfActivations:
+    @few
+    @given(ends)
+    def test_they_are_positive_float32_with_a_zero_point_that_fits(self, compute, ends):
+        parameters = compute(Range.of(*ends))
+
+        limits = np.iinfo(parameters.dtype)
+        assert parameters.scale > 0
+        assert parameters.scale == np.float32(parameters.scale)
+        assert limits.min <= parameters.zero_point <= limits.max
+
+    @few
+    @given(ends, arrays.arrays(np.float64, 8, elements=st.floats(0, 1)))
+    def test_values_in_range_come_back_to_within_half_a_step_and_zero_exactly(self, compute, ends, values):
+        kept = Range.of(*ends)
+        parameters = compute(kept)
+        inside = np.append(kept.low + values * (kept.high - kept.low), 0.0)
+
+        limits = np.iinfo(parameters.dtype)
+        integers = np.clip(np.rint(inside / parameters.scale) + parameters.zero_point, limits.min, limits.max)
+        back = (integers - parameters.zero_point) * parameters.scale
+
+        # half a step, and at the ends of an affine range another half because the zero point is rounded too
+        steps = 1.0 if parameters.dtype == "uint8" else 0.5
+        assert np.abs(back - inside).max() <= steps * parameters.scale * (1 + 1e-4)
+        assert back[-1] == 0.0
+
+    def test_a_tensor_that_is_always_zero_gets_a_scale_all_the_same(self, compute):
+        assert compute(Range(0.0, 0.0)).scale == 1.0
+
+
+class TestScalesOfWeights:
+    @few
+    @given(
+        weights=arrays.arrays(np.float32, (4, 6), elements=st.floats(-1e6, 1e6, width=32)),
+        bias=arrays.arrays(np.float32, 4, elements=st.floats(-1e6, 1e6, width=32)),
+        input_scale=st.floats(2**-20, 2**20, width=32),
+    )
+    def test_weights_fit_int8_and_biases_fit_int32_whatever_their_size(self, weights, bias, input_scale):
+        scale = weight_scales(weights, 0, bias=bias, input_scale=input_scale)
+
+        assert scale.dtype == np.float32
+        assert scale.shape == (4,)
+        assert (scale > 0).all()
+        assert np.abs(np.rint(weights.astype(np.float64) / scale[:, None])).max() <= 127
+        assert np.abs(bias.astype(np.float64) / (scale * np.float32(input_scale))).max() < 2**31
+
+    def test_without_a_bias_the_largest_weight_of_a_channel_is_127_steps(self):
+        weights = np.array([[1.0, -2.0], [0.5, 0.25]], np.float32)
+
+        assert weight_scales(weights, 0, bias=None, input_scale=1.0) == pytest.approx(np.array([2.0, 0.5]) / 127)
+        assert weight_scales(weights, 1, bias=None, input_scale=1.0) == pytest.approx(np.array([1.0, 2.0]) / 127)
+
+    def test_a_channel_without_weights_gets_scale_one(self):
+        assert weight_scales(np.zeros((1, 3), np.float32), 0, bias=None, input_scale=0.1).tolist() == [1.0]
+
+
+@pytest.fixture(scope="session")
+def for_runtime(portable, tmp_path_factory):
+    """(network, runtime) -> quantized artifact, each made once."""
+    made: dict[tuple[str, str], Artifact] = {}
+
+    def make(name: str, runtime: str) -> Artifact:
+        if (name, runtime) not in made:
+            made[name, runtime] = networks.quantized(portable(name), runtime, tmp_path_factory.mktemp(f"{name}-{runtime}"))
+        return made[name, runtime]
+
+    return make
+
+
+def nodes_of(artifact: Artifact) -> list[onnx.NodeProto]:
+    return list(onnx.load(artifact.path).graph.node)
+
+
+def constants(artifact: Artifact) -> dict[str, np.ndarray]:
+    return {value.name: numpy_helper.to_array(value) for value in onnx.load(artifact.path).graph.initializer}
+
+
+def quantized_tensors(artifact: Artifact) -> dict[str, str]:
+    """Activations that go through a QuantizeLinear, each with the name of its scale."""
+    weights = constants(artifact)
+    pairs = [node for node in nodes_of(artifact) if node.op_type == "QuantizeLinear"]
+    return {node.input[0]: node.input[1] for node in pairs if node.input[0] not in weights}
+
+
+class TestCalibration:
+    def ranges(self, source: Artifact, folder: Path, pictures: np.ndarray) -> dict[str, Range]:
+        made = networks.calibrated(source, folder, pictures)
+        return {name: minmax(seen) for name, seen in observe.load(made.path).items()}
+
+    def test_another_order_of_the_images_gives_the_same_ranges(self, portable, tmp_path):
+        pictures = networks.images(32, seed=1)
+
+        first = self.ranges(portable("residual"), tmp_path / "a", pictures)
+        second = self.ranges(portable("residual"), tmp_path / "b", pictures[::-1].copy())
+
+        assert first == second
+
+    def test_another_batch_size_gives_the_same_ranges(self, portable):
+        source, pictures = portable("residual"), networks.images(12, seed=1)
+        names = ["image", "body.1/Relu", "body.2/Relu"]
+
+        one, many = (observe.observe(source.path, names, np.split(pictures, pieces), total=12) for pieces in (12, 3))
+
+        # ONNX Runtime may add in another order for another batch: float32 rounding, nothing more
+        for name in names:
+            assert minmax(one[name]).high == pytest.approx(minmax(many[name]).high, rel=1e-6)
+            assert minmax(one[name]).low == pytest.approx(minmax(many[name]).low, rel=1e-6)
+
+    def test_what_was_observed_is_what_pytorch_computes(self, portable):
+        pictures = networks.images(8, seed=1)
+        body = networks.model("lenet5").module
+
+        seen = observe.observe(portable("lenet5").path, ["image", "conv1/Conv"], [pictures], total=8)
+
+        answer = body.conv1(networks.torch.from_numpy(pictures)).detach().numpy()
+        assert (seen["image"].low, seen["image"].high) == (pictures.min(), pictures.max())
+        assert (seen["conv1/Conv"].low, seen["conv1/Conv"].high) == pytest.approx((answer.min(), answer.max()), rel=1e-5)
+
+    def test_memory_does_not_grow_with_the_number_of_images(self, portable):
+        def peak(batches: int) -> int:
+            pictures = (networks.images(4, seed=seed) for seed in range(batches))
+            tracemalloc.start()
+            observe.observe(portable("residual").path, ["image", "body.1/Relu"], pictures, total=4 * batches)
+            found = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return found
+
+        peak(2)  # warm-up: imports and caches
+
+        assert peak(40) < 1.2 * peak(4)
+
+    def test_the_batch_shrinks_until_all_observed_activations_fit_the_budget(self):
+        assert observe.batch_size({"a": 1 << 20, "b": 1 << 20}, budget_bytes=8 << 20) == 4
+        assert observe.batch_size({"a": 1 << 30}, budget_bytes=1 << 20) == 1
+        assert observe.batch_size({"a": 1}, most=16) == 16
+
+    def test_an_activation_that_is_not_finite_is_named_first_where_it_began(self, portable):
+        pictures = networks.images(2)
+        pictures[1, 0, 0, 0] = np.inf
+
+        with pytest.raises(StageError, match="NaN or infinite") as refused:
+            observe.observe(portable("lenet5").path, ["image", "conv1/Conv"], [pictures], total=2)
+        assert refused.value.problems == ("image", "conv1/Conv")
+
+    def test_calibration_without_an_image_is_refused(self, portable):
+        with pytest.raises(StageError, match="no image"):
+            observe.observe(portable("lenet5").path, ["image"], [], total=0)
+
+    def test_a_fixed_batch_that_the_last_images_do_not_fill_gives_the_ranges_of_a_dynamic_one(self, portable, tmp_path):
+        fixed = networks.exported("lenet5", tmp_path / "fixed", batch=5)
+        pictures = networks.images(12, seed=1)
+
+        one, other = (
+            observe.load(networks.calibrated(source, tmp_path / name, pictures).path)["image"]
+            for name, source in (("a", fixed), ("b", portable("lenet5")))
+        )
+
+        assert same(one, other)
+
+    def test_only_a_float_onnx_file_can_be_calibrated(self, for_runtime, tmp_path):
+        with pytest.raises(UsageError, match="only an FP32 ONNX artifact can be quantized, not int8 onnx"):
+            networks.calibrated(for_runtime("lenet5", "onnxruntime"), tmp_path)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+class TestEveryRuntimesFile:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_its_answers_are_close_to_float(self, for_runtime, name, runtime):
+        samples = for_runtime(name, runtime).samples()
+
+        errors = parity.tensor_errors(samples.expected["logits"], samples.reference["logits"])
+
+        # An 8-bit tensor of uniform values has 10 log10(12 * 255**2 / 12) = 48 dB; a bell curve whose range is 8 sigma
+        # loses 7 dB of that, and the noise of up to eight quantized tensors in a row another 9 dB.
+        assert errors.sqnr_db > (24 if name == "attention" else 28)
+
+    def test_it_is_opset_19_and_passes_the_checker(self, for_runtime, runtime):
+        file = onnx.load(for_runtime("branches", runtime).path)
+
+        onnx.checker.check_model(file, full_check=True)
+        assert [(item.domain, item.version) for item in file.opset_import] == [("", 19)]
+
+    def test_inputs_and_outputs_stay_as_they_were(self, for_runtime, portable, runtime):
+        before, after = onnx.load(portable("residual").path).graph, onnx.load(for_runtime("residual", runtime).path).graph
+
+        assert list(before.input) == list(after.input)
+        assert list(before.output) == list(after.output)
+
+    def test_golden_samples_keep_pytorchs_answers_beside_its_own(self, for_runtime, portable, runtime):
+        samples, source = for_runtime("residual", runtime).samples(), portable("residual").samples()
+
+        assert np.array_equal(samples.reference["logits"], source.reference["logits"])
+        assert not np.array_equal(samples.expected["logits"], source.expected["logits"])
+        assert np.array_equal(samples.labels, source.labels)
+
+    def test_products_without_constant_weights_stay_float_with_the_reason(self, for_runtime, runtime):
+        facts = for_runtime("attention", runtime).facts
+
+        assert facts["int8_layers"] == ["stem.0/Conv", "qkv/MatMul", "head/Gemm"]
+        assert set(facts["float_layers"].values()) == {"its weights are computed in the graph, not constant"}
+
+    def test_a_transposed_convolution_stays_as_it_was(self, for_runtime, runtime):
+        nodes = {node.output[0]: node for node in nodes_of(for_runtime("upsampling", runtime))}
+
+        transposed = next(node for node in nodes.values() if node.op_type == "ConvTranspose")
+        assert transposed.input[1] in constants(for_runtime("upsampling", runtime))
+
+    def test_one_pair_serves_all_readers_of_a_tensor(self, for_runtime, runtime):
+        sources = [node.input[0] for node in nodes_of(for_runtime("branches", runtime)) if node.op_type == "QuantizeLinear"]
+
+        assert len(sources) == len(set(sources))
+
+    def test_every_zero_point_is_explicit(self, for_runtime, runtime):
+        for node in nodes_of(for_runtime("residual", runtime)):
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                assert len(node.input) == 3
+
+    def test_the_percentile_method_chooses_narrower_ranges(self, portable, for_runtime, runtime, tmp_path):
+        narrow = networks.quantized(portable("lenet5"), runtime, tmp_path, method="percentile", percentile=95.0)
+
+        scales, wide = constants(narrow), constants(for_runtime("lenet5", runtime))
+        assert scales["image/scale"] < wide["image/scale"]
+        assert narrow.settings == {"method": "percentile", "percentile": 95.0}
+
+    def test_a_max_pool_hands_on_the_scale_it_was_given(self, for_runtime, runtime):
+        artifact = for_runtime("branches", runtime)
+        found, values = quantized_tensors(artifact), constants(artifact)
+
+        after = values[found["body.pool/MaxPool"]]
+        if runtime == "onnxruntime":
+            assert after == values[found["body.stem.2/Relu"]]
+        else:
+            assert "body.stem.2/Relu" not in found
+
+
+class TestOnnxRuntimesRules:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_layer_with_constant_weights_runs_in_int8(self, for_runtime, name, tmp_path):
+        artifact = for_runtime(name, "onnxruntime")
+
+        found = onnxruntime.realised(build.build(artifact, "onnxruntime", tmp_path), artifact)
+
+        floats = {layer.name: layer.why for layer in found.layers if layer.precision != "int8"}
+        assert floats == artifact.facts["float_layers"]
+        assert found.int8 == len(artifact.facts["int8_layers"]) > 0
+
+    @pytest.mark.parametrize("name", ["residual", "branches", "lenet5", "input_skip", "twice", "difficult_channels"])
+    def test_pools_adds_and_concats_between_them_run_in_int8_too(self, for_runtime, name, tmp_path):
+        artifact = for_runtime(name, "onnxruntime")
+
+        found = onnxruntime.realised(build.build(artifact, "onnxruntime", tmp_path), artifact)
+
+        assert found.kernels["float"] == {}
+        assert found.kernels["boundary"] == {"QuantizeLinear": 1}
+
+    def test_weights_are_stored_as_int8_and_biases_as_int32(self, for_runtime):
+        values = constants(for_runtime("residual", "onnxruntime"))
+
+        assert {value.dtype.name for name, value in values.items() if name.endswith("weight/quantized")} == {"int8"}
+        assert {value.dtype.name for name, value in values.items() if name.endswith("bias/quantized")} == {"int32"}
+        assert not [name for name in values if name.endswith((".weight", ".bias"))]
+
+    def test_a_biass_scale_is_the_inputs_times_the_weights(self, for_runtime):
+        values = constants(for_runtime("lenet5", "onnxruntime"))
+
+        assert np.array_equal(values["conv1/Conv/bias/scale"], values["image/scale"] * values["conv1/Conv/weight/scale"])
+
+    def test_activations_are_uint8(self, for_runtime):
+        values = constants(for_runtime("mobile", "onnxruntime"))
+
+        assert values["image/zero_point"].dtype == np.uint8
+        assert values["image/zero_point"] > 0
+
+    def test_a_dead_channel_and_one_with_a_bias_too_large_for_its_weights_are_kept(self, for_runtime):
+        values = constants(for_runtime("difficult_channels", "onnxruntime"))
+
+        biases = values["body.0/Conv/bias/quantized"] * values["body.0/Conv/bias/scale"].astype(np.float64)
+        assert biases[0] == 0
+        assert biases[1] == pytest.approx(3.0, rel=1e-6)
+
+    def test_a_convolution_called_twice_gets_scales_for_each_call(self, for_runtime):
+        values = constants(for_runtime("twice", "onnxruntime"))
+
+        first, second = values["body.shared/Conv/bias/scale"], values["body.shared/Conv_1/bias/scale"]
+        assert first.shape == second.shape
+        assert not np.array_equal(first, second)
+
+
+class TestTensorRTsRules:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_all_integers_are_symmetric_int8_with_zero_points_of_zero(self, for_runtime, name):
+        artifact = for_runtime(name, "tensorrt")
+        values = constants(artifact)
+
+        for node in nodes_of(artifact):
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                assert values[node.input[2]].dtype == np.int8
+                assert not values[node.input[2]].any()
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_int32_and_no_stored_integer_is_anywhere(self, for_runtime, name):
+        graph = onnx.load(for_runtime(name, "tensorrt").path).graph
+
+        integers = [value.name for value in graph.initializer if value.data_type in (INT8, INT32)]
+        assert all(name.endswith("/zero_point") for name in integers)
+        assert not [value.name for value in graph.initializer if value.data_type == INT32]
+
+    def test_weights_stay_float_in_front_of_q_and_dq_and_biases_stay_as_they_are(self, for_runtime):
+        artifact = for_runtime("lenet5", "tensorrt")
+        producers = {node.output[0]: node for node in nodes_of(artifact)}
+        values = constants(artifact)
+
+        for node in producers.values():
+            if node.op_type in place.LAYERS:
+                dequantize = producers[node.input[1]]
+                quantize_node = producers[dequantize.input[0]]
+                assert (dequantize.op_type, quantize_node.op_type) == ("DequantizeLinear", "QuantizeLinear")
+                assert values[quantize_node.input[0]].dtype == np.float32
+                assert values[node.input[2]].dtype == np.float32
+
+    @pytest.mark.parametrize(
+        ("name", "add", "skip"),
+        [
+            ("residual", "body.1/Add", "body.0.2/Relu"),
+            ("residual", "body.2/Add", "body.2.skip.0/Conv"),
+            ("padded_shortcut", "body/Add", "body/Pad"),
+            ("mobile", "body/Add", "body.expand.2/Clip"),
+            ("input_skip", "body/Add", "image"),
+        ],
+    )
+    def test_exactly_the_skip_input_of_a_residual_add_is_quantized(self, for_runtime, name, add, skip):
+        nodes = {node.name: node for node in nodes_of(for_runtime(name, "tensorrt"))}
+
+        inputs = list(nodes[add].input)
+        assert [value for value in inputs if value.endswith("/dequantized")] == [f"{skip}/dequantized"]
+
+    def test_all_inputs_of_a_concat_and_its_output_share_one_scale(self, for_runtime):
+        artifact = for_runtime("branches", "tensorrt")
+        nodes = {node.name: node for node in nodes_of(artifact)}
+        found, values = quantized_tensors(artifact), constants(artifact)
+
+        concat = [name.removesuffix("/dequantized") for name in nodes["body/Concat"].input]
+        assert len(concat) == 3
+        assert len({float(values[found[name]]) for name in [*concat, "body/Concat"]}) == 1
+
+    def test_results_that_no_int8_layer_reads_are_not_quantized(self, for_runtime):
+        assert "body.second/Conv" not in quantized_tensors(for_runtime("residual", "tensorrt"))
+        assert "logits" not in quantized_tensors(for_runtime("residual", "tensorrt"))
+
+
+class TestUnusualGraphs:
+    def quantized(self, folder: Path, body: str, weights: dict[str, np.ndarray], runtime: str = "onnxruntime") -> Artifact:
+        return networks.quantized(networks.by_hand(folder / "source", body, weights), runtime, folder / runtime)
+
+    def test_a_convolution_whose_result_is_the_answer_gives_it_in_float(self, tmp_path):
+        weights = {"w": networks.weights(5, 3, 8, 8), "b": networks.weights(5)}
+
+        artifact = self.quantized(tmp_path, "[conv] logits = Conv(image, w, b)", weights)
+
+        assert nodes_of(artifact)[-1].output[0] == "logits"
+        assert list(quantized_tensors(artifact)) == ["image"]
+        found = onnxruntime.realised(build.build(artifact, "onnxruntime", networks.made(tmp_path / "engine")), artifact)
+        # ONNX Runtime has no int8 convolution with a float result, and the report says so instead of the plan.
+        assert [(layer.precision, layer.why) for layer in found.layers] == [
+            ("fp32", "ONNX Runtime did not fuse the Q/DQ around it")
+        ]
+
+    @pytest.mark.parametrize(
+        ("layer", "why"),
+        [
+            ("Gemm<alpha = 0.5>(flat, m, b)", "no alpha, beta or transposed input"),
+            ("Gemm(flat, m, twice)", "its bias is computed in the graph"),
+            ("Gemm(flat, m, row)", "its bias is not one number for each output channel"),
+            ("MatMul(flat, computed)", "its weights are computed in the graph"),
+        ],
+    )
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+    def test_a_layer_that_has_no_int8_kernel_stays_float_with_the_reason(self, tmp_path, layer, why, runtime):
+        weights = {
+            "w": networks.weights(8, 3, 8, 8),
+            "b": networks.weights(4),
+            "m": networks.weights(8, 4),
+            "row": networks.weights(1, 4),
+        }
+        body = f"""[conv] c = Conv(image, w)  [flatten] flat = Flatten(c)  [double] twice = Add(b, b)
+                   [square] computed = Mul(m, m)  [head] logits = {layer}"""
+
+        artifact = self.quantized(tmp_path, body, weights, runtime)
+
+        assert artifact.facts["int8_layers"] == ["conv"]
+        assert list(artifact.facts["float_layers"]) == ["head"]
+        assert why in artifact.facts["float_layers"]["head"]
+
+    def test_a_pool_that_narrows_the_range_keeps_the_scale_of_its_input_and_runs_on_integers(self, tmp_path):
+        weights = {"w": -np.abs(networks.weights(8, 3, 3, 3)), "v": networks.weights(5, 8, 3, 3)}
+        body = """[first] c = Conv(image, w)  [pool] m = MaxPool<kernel_shape = [3, 3]>(c)
+                  [second] y = Conv(m, v)  [relu] logits = Relu(y)"""
+
+        artifact = self.quantized(tmp_path, body, weights)
+
+        found, values = quantized_tensors(artifact), constants(artifact)
+        assert values[found["c"]] == values[found["m"]]
+        engine = build.build(artifact, "onnxruntime", networks.made(tmp_path / "engine"))
+        assert onnxruntime.realised(engine, artifact).kernels["int8"]["NhwcMaxPool"] == 1
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+    def test_a_pad_with_minus_infinity_is_not_quantized(self, tmp_path, runtime):
+        weights = {
+            "w": networks.weights(8, 3, 3, 3),
+            "v": networks.weights(5, 8, 3, 3),
+            "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+            "fill": np.float32(-np.inf),
+        }
+        body = """[first] c = Conv(image, w)  [pad] p = Pad(c, pads, fill)
+                  [pool] m = MaxPool<kernel_shape = [3, 3], strides = [2, 2]>(p)
+                  [second] logits = Conv(m, v)"""
+
+        artifact = self.quantized(tmp_path, body, weights, runtime)
+
+        assert "p" not in quantized_tensors(artifact)
+        assert artifact.facts["int8_layers"] == ["first", "second"]
+
+    def test_a_graph_without_layers_has_nothing_to_quantize(self, tmp_path):
+        with pytest.raises(UsageError, match="nothing to quantize"):
+            self.quantized(tmp_path, "[relu] logits = Relu(image)", {})
+
+    def test_a_range_that_was_not_observed_is_named(self, portable, tmp_path):
+        observations = networks.calibrated(portable("lenet5"), tmp_path)
+        seen = observe.load(observations.path)
+        del seen["Flatten"]
+        observe.save(seen, observations.path)
+
+        with pytest.raises(StageError, match=r"not observed\n  - Flatten\n  try: calibrate again"):
+            quantize.quantize(portable("lenet5"), observations, QuantizeTable(), "tensorrt", tmp_path)
+
+    def test_torchscript_has_no_rules(self, portable, tmp_path):
+        observations = networks.calibrated(portable("lenet5"), tmp_path)
+
+        with pytest.raises(UsageError, match="torchscript has no INT8"):
+            quantize.quantize(portable("lenet5"), observations, QuantizeTable(), "torchscript", tmp_path)
+
+
+class TestHalf:
+    @pytest.mark.parametrize("name", ["lenet5", "residual", "mobile", "attention", "upsampling"])
+    def test_a_float_graph_runs_in_half_precision_with_float32_at_both_ends(self, portable, name, tmp_path):
+        artifact = half.to_fp16(portable(name), tmp_path)
+
+        samples, file = artifact.samples(), onnx.load(artifact.path)
+        assert artifact.precision is Precision.FP16
+        assert samples.expected["logits"].dtype == np.float32
+        assert {value.type.tensor_type.elem_type for value in (*file.graph.input, *file.graph.output)} == {onnx.TensorProto.FLOAT}
+        assert not [value.name for value in file.graph.initializer if value.data_type == onnx.TensorProto.FLOAT]
+        # half has 11 significant bits: 66 dB for one rounding, less as they add up over the layers
+        assert parity.tensor_errors(samples.expected["logits"], samples.reference["logits"]).sqnr_db > 50
+
+    def test_the_scales_of_an_int8_graph_are_half_too(self, for_runtime, tmp_path):
+        artifact = half.to_fp16(for_runtime("residual", "tensorrt"), tmp_path)
+
+        values = constants(artifact)
+        assert artifact.precision is Precision.INT8
+        assert artifact.facts["float_type"] == "fp16"
+        assert {value.dtype.name for name, value in values.items() if name.endswith("/scale")} == {"float16"}
+        before, after = for_runtime("residual", "tensorrt").samples(), artifact.samples()
+        assert parity.tensor_errors(after.expected["logits"], before.expected["logits"]).sqnr_db > 35
+
+    def test_the_scales_of_a_resize_stay_float32_because_onnx_wants_them_so(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 16, 16), "scales": np.array([1, 1, 2, 2], np.float32)}
+        source = networks.by_hand(tmp_path / "source", '[up] u = Resize(image, "", scales)  [conv] logits = Conv(u, w)', values)
+
+        artifact = half.to_fp16(source, networks.made(tmp_path / "half"))
+
+        assert constants(artifact)["scales"].dtype == np.float32
+
+    def test_a_pad_with_minus_infinity_stays_one(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "fill": np.float32(-np.inf)}
+        body = "[pad] p = Pad(image, pads, fill) [pool] m = MaxPool<kernel_shape = [3, 3]>(p) [conv] logits = Conv(m, w)"
+
+        artifact = half.to_fp16(networks.by_hand(tmp_path / "source", body, values), networks.made(tmp_path / "half"))
+
+        assert constants(artifact)["fill"] == -np.inf
+
+    def test_weights_beyond_the_range_of_half_are_refused_by_name(self, tmp_path):
+        source = networks.by_hand(
+            tmp_path / "source", "[conv] logits = Conv(image, huge)", {"huge": networks.weights(5, 3, 8, 8) * 1e6}
+        )
+
+        with pytest.raises(StageError, match=r"does not fit float16\n  - huge: .* is beyond float16's 65,504"):
+            half.to_fp16(source, networks.made(tmp_path / "half"))
+
+    def test_a_scale_that_rounds_to_zero_is_refused_by_name(self, tmp_path):
+        source = networks.by_hand(
+            tmp_path / "source", "[conv] logits = Conv(image, tiny)", {"tiny": networks.weights(5, 3, 8, 8) * 1e-7}
+        )
+        artifact = networks.quantized(source, "tensorrt", tmp_path / "int8")
+
+        with pytest.raises(StageError, match=r"conv/weight/scale: the scale .* rounds to zero in float16"):
+            half.to_fp16(artifact, networks.made(tmp_path / "half"))
+
+    def test_weights_that_round_to_zero_are_counted(self, tmp_path):
+        weights = networks.weights(5, 3, 8, 8)
+        weights[0, 0, 0] = 1e-9
+        source = networks.by_hand(tmp_path / "source", "[conv] logits = Conv(image, w)", {"w": weights})
+
+        artifact = half.to_fp16(source, networks.made(tmp_path / "half"))
+
+        assert artifact.facts["underflows"] == 8
