@@ -68,10 +68,8 @@ def _trial(recipe: Path, folder: Path, delay_s: float) -> dict[str, object]:
         problems.append(f"the rerun ended with {code}")
     if leftovers(folder):
         problems.append(f"left behind: {leftovers(folder)}")
-    print(
-        f"killed after {delay_s:5.1f} s: {len(finished)} stages finished, left {left or 'nothing'}; {problems or 'rerun complete'}",
-        flush=True,
-    )
+    outcome = problems or "rerun complete"
+    print(f"killed after {delay_s:5.1f} s: {len(finished)} stages finished, left {left or 'nothing'}; {outcome}", flush=True)
     return {"delay_s": delay_s, "finished": finished, "left": left, "problems": problems}
 
 

@@ -7,7 +7,6 @@ help, defaults and ranges from `recipe`. Everything heavy is imported inside the
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import sys
@@ -21,11 +20,11 @@ import click
 
 from deploykit import recipe as recipes
 from deploykit.errors import DeploykitError, UsageError, printable
+from deploykit.gate import Rule
 from deploykit.recipe import Recipe
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _RUNS = Path("runs")
-_CHECKPOINTS = ("default", "none")
 
 
 def main() -> NoReturn:
@@ -43,10 +42,6 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; finished stages are kept, and the same command goes on from there", err=True)
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has closed it; Python would complain once more while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -90,11 +85,14 @@ _skip_option = click.option("--skip-bad-images", is_flag=True, help="Leave out u
 @_skip_option
 @_json_option
 def run_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], skip_bad_images: bool, as_json: bool) -> int:
-    """Do everything a recipe says: fine-tune, export, quantize, build, parity, benchmark, report."""
+    """Do everything that a recipe says.
+
+    Fine-tune, export, quantize, build, parity, benchmark, report: a stage that is finished already is skipped.
+    """
     settings = _overrides(overrides)
     if skip_bad_images:
         settings["data.skip_bad_images"] = "true"
-    return _run(recipes.load(recipe, settings), output, as_json)
+    return _run(recipes.load(recipe, settings, overrides_base=Path.cwd()), output, as_json)
 
 
 @cli.command("export")
@@ -138,13 +136,13 @@ def export_command(
     as_json: bool,
     **values: Any,
 ) -> int:
-    """Export MODEL, quantize it, build engines, and prove and measure them.
+    """Export, quantize, build, prove, measure.
 
     MODEL is a torchvision classifier, a network of ours (`deploykit models` lists both), FILE.py:factory or
     module:factory. The equivalent recipe is written beside the result, so the command can be repeated and reviewed.
     """
     _refuse_meaningless(targets, fp32=fp32, fp16=fp16, int8=int8)
-    content: dict[str, Any] = {"name": _run_name(model), "model": {"name": _rooted(model)}}
+    content: dict[str, Any] = {"name": _run_name(model), "model": {"name": model}}
     for key, value in values.items():
         if value is not None:
             table, _, name = key.partition("__")
@@ -156,10 +154,11 @@ def export_command(
     if int8:
         content["quantize"] = {}
     if gate is not None:
-        content["gate"] = [f"drop <= {gate:g} points"]
+        content["gate"] = [str(Rule("drop", gate))]
     if skip_bad_images:
         content.setdefault("data", {})["skip_bad_images"] = True
-    recipe = recipes.parse(content, base=Path.cwd(), source="the command line", overrides=_overrides(overrides))
+    here = Path.cwd()
+    recipe = recipes.parse(content, base=here, source="the command line", overrides=_overrides(overrides), overrides_base=here)
     return _run(recipe, output, as_json)
 
 
@@ -167,7 +166,10 @@ def export_command(
 @click.argument("path", type=click.Path(path_type=Path))
 @_json_option
 def inspect_command(path: Path, as_json: bool) -> None:
-    """Say what a file or folder is: an artifact, an ONNX graph, a checkpoint, a recipe, a run."""
+    """Say what a file or folder is.
+
+    Knows artifacts, runs, ONNX graphs, checkpoints and recipes; nothing in them is executed.
+    """
     from deploykit import inspect
 
     found = inspect.inspect(path)
@@ -178,7 +180,10 @@ def inspect_command(path: Path, as_json: bool) -> None:
 @click.argument("pattern", default="")
 @_json_option
 def models_command(pattern: str, as_json: bool) -> None:
-    """List the networks that have a name, those whose name holds PATTERN if it is given."""
+    """List the networks that have a name.
+
+    With PATTERN, those whose name holds it.
+    """
     from deploykit import models
     from deploykit.jsonable import to_json
     from deploykit.report import text
@@ -192,7 +197,10 @@ def models_command(pattern: str, as_json: bool) -> None:
 @cli.command("doctor")
 @_json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what this machine has: versions, CPU features, GPU, and which runtimes load, or why not."""
+    """Say what this machine has.
+
+    Versions, CPU features, GPU, and which runtimes load, or why not.
+    """
     from deploykit import runtimes
     from deploykit.jsonable import to_json
     from deploykit.machine import Machine
@@ -213,7 +221,10 @@ def doctor_command(as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Remove the whole run, not only what killed runs left behind.")
 @_json_option
 def clean_command(folder: Path, everything: bool, as_json: bool) -> None:
-    """Remove what killed runs left in the output folder of a run."""
+    """Remove what killed runs left behind.
+
+    FOLDER is the output folder of a run.
+    """
     from deploykit import pipeline
 
     removed = [printable(path) for path in pipeline.clean(folder, everything=everything)]
@@ -259,16 +270,10 @@ def _overrides(texts: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or "." not in key:
+        if not equals or not key.strip():
             raise UsageError(f"--set {text!r} is not of the form TABLE.KEY=VALUE", fix="--set preprocess.crop=64")
         found[key.strip()] = value.strip()
     return found
-
-
-def _rooted(model: str) -> str:
-    """A user's file by its absolute path, since the recipe is written into another folder."""
-    file, colon, factory = model.rpartition(":")
-    return f"{Path(file).absolute()}:{factory}" if colon and file.endswith(".py") else model
 
 
 def _run_name(model: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import re
 import warnings
@@ -111,7 +113,8 @@ def _exported(model: Model, samples: NDArray[np.float32], settings: ExportTable)
     example = torch.from_numpy(_example(samples, settings))
     shapes = ({0: torch.export.Dim.DYNAMIC},) if settings.batch == "dynamic" else None
     try:
-        with warnings.catch_warnings():
+        # A failing torch.export prints pages of its graph; the reason is in what it raises.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             # The exporter's own use of APIs that torch deprecates, and advice meant for its authors.
             for category in (DeprecationWarning, FutureWarning, UserWarning):
                 warnings.simplefilter("ignore", category)

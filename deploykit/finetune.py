@@ -16,7 +16,7 @@ from torch import nn
 
 from deploykit.artifact import Artifact, Format, Precision, TensorSpec
 from deploykit.data import Images
-from deploykit.errors import UsageError
+from deploykit.errors import StageError, UsageError
 from deploykit.jsonable import to_json
 from deploykit.models import Model
 from deploykit.progress import Progress, silent
@@ -66,6 +66,12 @@ def finetune(
             learning_rate = float(schedule.get_last_lr()[0])
             train_loss = _train_one_epoch(model, train, settings, optimizer, schedule, generator)
             val_loss, val_accuracy = evaluate(model, held_out)
+            if not math.isfinite(train_loss) or not math.isfinite(val_loss):
+                raise StageError(
+                    f"training diverged in epoch {epoch}",
+                    why=f"the loss is {train_loss:g} on the training images and {val_loss:g} on the held-out ones",
+                    fix="a lower finetune.learning_rate, or a longer finetune.warmup",
+                )
             history.append(Epoch(epoch, learning_rate, train_loss, val_loss, val_accuracy))
             if history[-1] == max(history, key=lambda one: (one.val_accuracy, -one.val_loss)):
                 best = {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -79,7 +79,7 @@ def run(
         measured = _benchmark(work, engines)
 
         found = result(work.made, work.stages, engines, compared, measured, recipe=recipe, command=command)
-        found["report"] = printable(out / REPORT)
+        found["out"], found["report"] = printable(out), printable(out / REPORT)
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
         publish.write_file(out / REPORT, html.render(found).encode())
         return found

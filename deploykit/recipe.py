@@ -30,8 +30,10 @@ def setting(help: str, default: Any = MISSING, *, low: float | None = None, high
 class ModelTable:
     """Which network, with which weights."""
 
-    name: str = setting("a torchvision classifier, lenet5, cifar_resnet20 (32, 44, 56, 110), FILE.py:factory or module:factory")
-    weights: str = setting("default (the library's best), none (random, seeded) or a checkpoint file", "default")
+    name: str = setting(
+        "a torchvision classifier, lenet5, cifar_resnet20 (32, 44, 56, 110), FILE.py:factory or module:factory", path=True
+    )
+    weights: str = setting("default (the library's best), none (random, seeded) or a checkpoint file", "default", path=True)
     weights_key: str | None = setting("which entry of a checkpoint holds the weights, when it has several", None)
     classes: int | None = setting(
         "number of classes; taken from the weights or the data when absent", None, low=1, high=1_000_000
@@ -97,7 +99,12 @@ class QuantizeTable:
     """Post-training quantization to INT8 as Q/DQ in the graph."""
 
     method: Literal["minmax", "percentile"] = setting("how a range is chosen from what was observed", "minmax")
-    percentile: float = setting("share of the values that a range keeps, in percent (method percentile)", 99.99, low=90, high=100)
+    percentile: float | None = setting(
+        "with method percentile: the share of the values that a range keeps, in percent; 99.99 when absent",
+        None,
+        low=90,
+        high=100,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +160,10 @@ class Recipe:
         return tuple(parse_rule(text) for text in self.gate)
 
 
-def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+def load(path: Path, overrides: Mapping[str, str] | None = None, *, overrides_base: Path | None = None) -> Recipe:
     """Read a TOML file; `overrides` maps `table.key` to a value in TOML syntax (bare words are text).
+
+    Relative paths are relative to the recipe's folder; those in `overrides` to `overrides_base`, if it is given.
 
     Raises RecipeError with all problems at once: unreadable file, TOML syntax, unknown keys, types, ranges, meaning.
     """
@@ -168,17 +177,31 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         raise RecipeError(f"cannot read the recipe {printable(path)}", why=(error.strerror or str(error)).lower()) from error
     except (ValueError, RecursionError) as error:  # TOML syntax, not UTF-8, a number of thousands of digits, deep nesting
         raise RecipeError(f"{printable(path)} is not valid TOML", why=str(error)) from error
-    return parse(content, base=path.parent, source=printable(path), overrides=overrides)
+    return parse(content, base=path.parent, source=printable(path), overrides=overrides, overrides_base=overrides_base)
 
 
-def parse(content: Mapping[str, Any], *, base: Path, source: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Check a mapping and make a Recipe of it; relative paths are taken from `base`, `source` names it in messages.
+def parse(
+    content: Mapping[str, Any],
+    *,
+    base: Path,
+    source: str,
+    overrides: Mapping[str, str] | None = None,
+    overrides_base: Path | None = None,
+) -> Recipe:
+    """Check a mapping and make a Recipe of it; `source` names it in messages.
+
+    Relative paths are taken from `base`, those in `overrides` from `overrides_base`: what stands in a file is relative to
+    the file, what is typed is relative to where it is typed.
 
     Raises RecipeError listing every problem with its table and key.
     """
-    for dotted, text in (overrides or {}).items():
-        content = _overridden(content, dotted.split("."), _toml_value(text))
     problems: list[str] = []
+    paths = {name for name, item, _ in declared() if item.metadata.get("path")}
+    for dotted, text in (overrides or {}).items():
+        value = _toml_value(text)
+        if dotted in paths and isinstance(value, str) and overrides_base is not None:
+            value = _text(value, dotted, overrides_base.absolute(), problems)
+        content = _overridden(content, dotted.split("."), value)
     values = _table(Recipe, content, "", base.absolute(), problems)
     if problems:
         raise RecipeError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
@@ -223,6 +246,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"gate {text!r} needs labelled images: set data.validate (--validate DIR)"
         if recipe.model.weights == "none" and recipe.finetune is None:
             yield f'gate {text!r} judges decisions, and random weights (model.weights = "none") decide nothing'
+    if Path(recipe.name).name != recipe.name or recipe.name == "..":
+        yield f"name = {recipe.name!r} cannot be the name of a folder"
+    if recipe.quantize is not None and recipe.quantize.percentile is not None and recipe.quantize.method != "percentile":
+        yield f"quantize.percentile means nothing with method = {recipe.quantize.method!r}: leave it out or change the method"
     if recipe.finetune is not None and recipe.data.name is None and recipe.data.train is None:
         yield "[finetune] needs training images: set data.train or data.name"
     if recipe.quantize is not None and recipe.data.name is None and recipe.data.calibrate is None:
@@ -302,8 +329,7 @@ def _value(hint: Any, item: Field[Any], value: Any, dotted: str, base: Path, pro
             if option is int:
                 _in_range(item, value, dotted, problems)
             if option is str:
-                names_path = item.metadata["path"] or (dotted == "model.weights" and value not in ("default", "none"))
-                return _text(value, dotted, base if names_path else None, problems)
+                return _text(value, dotted, base if item.metadata["path"] else None, problems)
             return value
     problems.append(f"{dotted}: expected {' or '.join(map(_type_name, options))}, got {_quote(value)}")
     return value
@@ -317,10 +343,20 @@ def _text(value: str, dotted: str, base: Path | None, problems: list[str]) -> st
         problems.append(f"{dotted}: {printable(value)} is not UTF-8, and recipes are; rename it or make a link to it")
     elif base is not None:
         try:
-            return str(base / Path(value).expanduser())
+            return _located(value, dotted, base)
         except RuntimeError:
             problems.append(f"{dotted}: {_quote(value)} starts with the home directory of a user that is not known here")
     return value
+
+
+def _located(value: str, dotted: str, base: Path) -> str:
+    """A path taken from `base`; words that are not paths, and the names of networks, stay as they are."""
+    if dotted == "model.weights" and value in ("default", "none"):
+        return value
+    if dotted != "model.name":
+        return str(base / Path(value).expanduser())
+    file, _, factory = value.rpartition(":")
+    return f"{base / Path(file).expanduser()}:{factory}" if file.endswith(".py") else value
 
 
 def _in_range(item: Field[Any], value: Any, dotted: str, problems: list[str]) -> bool:

@@ -68,6 +68,8 @@ def verify(
         found.append(_as_json(case, comparison, conversion, name))
         if conversion is not None:
             gates.append(_conversion_gate(case.label, conversion))
+        if not np.isfinite(answers).all():
+            gates.append(_finite_gate(case.label, answers, images))
         if case.artifact.precision is Precision.INT8:
             int8_answers.append(answers)
             gates += [_labelled(case.label, judge(rule, comparison.counts)) for rule in rules]
@@ -132,6 +134,12 @@ def _conversion(case: Case) -> Conversion | None:
     pieces = runtimes.pieces(case.artifact, golden)
     actual = {case.artifact.outputs[0].name: runtimes.answers(case.session, case.artifact, pieces)}
     return parity.conversion(actual, golden, case.artifact.precision)
+
+
+def _finite_gate(label: str, answers: Logits, images: Images) -> GateResult:
+    broken = np.flatnonzero(~np.isfinite(answers).all(axis=1)).tolist()
+    reason = f"NaN or infinite on {len(broken)} of {len(images)} images, the first is {images.names[broken[0]]}"
+    return GateResult(f"{label}: every answer is a number", Verdict.FAIL, len(broken), None, reason)
 
 
 def _conversion_gate(label: str, found: Conversion) -> GateResult:

@@ -261,7 +261,7 @@ class TestRecipes:
     def test_a_folder_is_not_a_recipe(self, refused, photos):
         assert "is a directory" in refused("run", photos)
 
-    @pytest.mark.parametrize("text", ["nonsense", "crop=3", "=3", ""])
+    @pytest.mark.parametrize("text", ["nonsense", "=3", ""])
     def test_set_says_its_form(self, refused, tiny_recipe, text):
         assert f"--set {text!r} is not of the form TABLE.KEY=VALUE" in refused("run", tiny_recipe, "--set", text)
 

@@ -118,7 +118,7 @@ class TestAWholeRun:
         second = json.loads(shell("run", folder / "recipe.toml", "--output", folder, "--json").out)
 
         assert {stage["status"] for stage in second["stages"]} == {"skipped"}
-        for key in first.keys() - {"stages", "command", "report"}:
+        for key in first.keys() - {"stages", "command", "out", "report"}:
             assert second[key] == first[key], key
 
     def test_a_finished_run_is_recognised_without_loading_torch(self, finished, tmp_path):
@@ -258,8 +258,8 @@ class TestExport:
         assert [found["path"] for found in json.loads(outcome.out)["exports"]] == ["export-torchscript/model.pt"]
         assert not list((tmp_path / "out").rglob("*.onnx"))
 
-    def test_a_fixed_batch_is_in_the_graph_and_images_that_do_not_fill_it_are_still_judged(
-        self, network, photos, tmp_path, deploykit
+    def test_a_fixed_batch_is_in_the_graph_and_images_that_do_not_fill_it_count_as_often_as_all_others(
+        self, network, photos, tmp_path, deploykit, exported
     ):
         words = ["--batch", "5", "--to", "onnxruntime", "--int8", "--calibrate", photos, *QUICK, "--output", tmp_path / "out"]
 
@@ -269,6 +269,8 @@ class TestExport:
         graph = onnx.load(tmp_path / "out" / "export-onnx" / "model.onnx").graph
         assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 5
         assert {case["images"] for case in json.loads(outcome.out)["parity"]} == {12}
+        counted = [np.load(run / "calibrate" / "observations.npz")["counts"].sum(axis=1) for run in (tmp_path / "out", exported)]
+        assert np.array_equal(*counted)
 
     def test_without_tensorrt_the_portable_half_is_made_and_the_result_says_why_there_is_no_engine(
         self, network, photos, tmp_path, deploykit

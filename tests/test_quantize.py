@@ -522,18 +522,31 @@ class TestUnusualGraphs:
     def quantized(self, folder: Path, body: str, weights: dict[str, np.ndarray], runtime: str = "onnxruntime") -> Artifact:
         return networks.quantized(networks.by_hand(folder / "source", body, weights), runtime, folder / runtime)
 
-    def test_a_convolution_whose_result_is_the_answer_gives_it_in_float(self, tmp_path):
-        weights = {"w": networks.weights(5, 3, 8, 8), "b": networks.weights(5)}
+    def test_a_convolution_whose_result_is_the_answer_stays_float_with_the_reason(self, tmp_path):
+        weights = {"v": networks.weights(8, 3, 3, 3), "w": networks.weights(5, 8, 6, 6), "b": networks.weights(5)}
 
-        artifact = self.quantized(tmp_path, "[conv] logits = Conv(image, w, b)", weights)
+        artifact = self.quantized(tmp_path, "[first] c = Conv(image, v)  [last] logits = Conv(c, w, b)", weights)
 
+        why = "its result is the network's output, and the int8 convolution needs a quantized one"
         assert nodes_of(artifact)[-1].output[0] == "logits"
-        assert list(quantized_tensors(artifact)) == ["image"]
+        assert artifact.facts["int8_layers"] == ["first"]
         found = onnxruntime.realised(build.build(artifact, "onnxruntime", networks.made(tmp_path / "engine")), artifact)
-        # ONNX Runtime has no int8 convolution with a float result, and the report says so instead of the plan.
-        assert [(layer.precision, layer.why) for layer in found.layers] == [
-            ("fp32", "ONNX Runtime did not fuse the Q/DQ around it")
-        ]
+        assert [(layer.precision, layer.why) for layer in found.layers] == [("int8", ""), ("fp32", why)]
+
+    def test_a_clip_below_zero_is_not_between_a_convolution_and_its_quantization(self, tmp_path):
+        values = {
+            "v": networks.weights(8, 3, 3, 3),
+            "m": networks.weights(8 * 36, 5),
+            "low": np.float32(-1),
+            "high": np.float32(1),
+        }
+        body = """[first] c = Conv(image, v)  [hardtanh] h = Clip(c, low, high)
+                  [flat] f = Flatten(h)  [last] logits = Gemm(f, m)"""
+
+        artifact = self.quantized(tmp_path, body, values)
+
+        found = onnxruntime.realised(build.build(artifact, "onnxruntime", networks.made(tmp_path / "engine")), artifact)
+        assert [layer.precision for layer in found.layers] == ["int8", "int8"]
 
     @pytest.mark.parametrize(
         ("layer", "why"),
@@ -562,9 +575,9 @@ class TestUnusualGraphs:
         assert why in artifact.facts["float_layers"]["head"]
 
     def test_a_pool_that_narrows_the_range_keeps_the_scale_of_its_input_and_runs_on_integers(self, tmp_path):
-        weights = {"w": -np.abs(networks.weights(8, 3, 3, 3)), "v": networks.weights(5, 8, 3, 3)}
+        weights = {"w": -np.abs(networks.weights(8, 3, 3, 3)), "v": networks.weights(5, 8, 3, 3), "u": networks.weights(5, 5)}
         body = """[first] c = Conv(image, w)  [pool] m = MaxPool<kernel_shape = [3, 3]>(c)
-                  [second] y = Conv(m, v)  [relu] logits = Relu(y)"""
+                  [second] y = Conv(m, v)  [pool2] g = GlobalAveragePool(y)  [flat] f = Flatten(g)  [last] logits = Gemm(f, u)"""
 
         artifact = self.quantized(tmp_path, body, weights)
 
@@ -580,15 +593,16 @@ class TestUnusualGraphs:
             "v": networks.weights(5, 8, 3, 3),
             "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
             "fill": np.float32(-np.inf),
+            "u": networks.weights(5, 5),
         }
         body = """[first] c = Conv(image, w)  [pad] p = Pad(c, pads, fill)
                   [pool] m = MaxPool<kernel_shape = [3, 3], strides = [2, 2]>(p)
-                  [second] logits = Conv(m, v)"""
+                  [second] y = Conv(m, v)  [pool2] g = GlobalAveragePool(y)  [flat] f = Flatten(g)  [last] logits = Gemm(f, u)"""
 
         artifact = self.quantized(tmp_path, body, weights, runtime)
 
         assert "p" not in quantized_tensors(artifact)
-        assert artifact.facts["int8_layers"] == ["first", "second"]
+        assert artifact.facts["int8_layers"] == ["first", "second", "last"]
 
     def test_a_graph_without_layers_has_nothing_to_quantize(self, tmp_path):
         with pytest.raises(UsageError, match="nothing to quantize"):
@@ -657,14 +671,18 @@ class TestHalf:
         with pytest.raises(StageError, match=r"does not fit float16\n  - huge: .* is beyond float16's 65,504"):
             half.to_fp16(source, networks.made(tmp_path / "half"))
 
-    def test_a_scale_that_rounds_to_zero_is_refused_by_name(self, tmp_path):
+    def test_scales_are_rounded_up_so_that_none_is_zero_and_nothing_is_clipped(self, tmp_path):
         source = networks.by_hand(
             tmp_path / "source", "[conv] logits = Conv(image, tiny)", {"tiny": networks.weights(5, 3, 8, 8) * 1e-7}
         )
         artifact = networks.quantized(source, "tensorrt", tmp_path / "int8")
 
-        with pytest.raises(StageError, match=r"conv/weight/scale: the scale .* rounds to zero in float16"):
-            half.to_fp16(artifact, networks.made(tmp_path / "half"))
+        typed = half.to_fp16(artifact, networks.made(tmp_path / "half"))
+
+        before, after = constants(artifact), constants(typed)
+        scales = [name for name in before if name.endswith("/scale")]
+        assert all((after[name] >= before[name]).all() for name in scales)
+        assert min(after[name].min() for name in scales) >= np.finfo(np.float16).smallest_subnormal
 
     def test_weights_that_round_to_zero_are_counted(self, tmp_path):
         weights = networks.weights(5, 3, 8, 8)

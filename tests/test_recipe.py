@@ -75,6 +75,8 @@ def given(dotted: str, value: Any) -> dict[str, Any]:
     content: dict[str, Any] = {"name": "run", "model": {"name": "lenet5"}, "data": {"train": "train", "calibrate": "calibrate"}}
     table, _, key = dotted.rpartition(".")
     (content.setdefault(table, {}) if table else content)[key] = value
+    if dotted == "quantize.percentile":
+        content["quantize"]["method"] = "percentile"
     return content
 
 
@@ -89,6 +91,9 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     content.pop("gate", None)
     content.get("data", {}).pop("name", None)
     content.get("build", {}).pop("float_type", None)
+    content["name"] = content["name"].replace("/", "-").replace(".", "-")
+    if content.get("quantize", {}).get("percentile") is not None:
+        content["quantize"]["method"] = "percentile"
     content.setdefault("export", {})["formats"] = ["onnx"]
     content.setdefault("data", {}).update(train="train", calibrate="calibrate")
     for key in {"mean", "std", "channels"} & set(content.get("preprocess", {})):
@@ -453,3 +458,34 @@ class TestDeclarations:
             (row,) = (row for row in rows if row.startswith(f"| `{key}` |") and row.endswith(f"| {help} |"))
             if item.default is not MISSING and item.default is not None:
                 assert f"| `{json.dumps(item.default)}` |" in row
+
+
+class TestContradictionsOfOneTable:
+    def test_a_percentile_without_the_method_is_not_ignored(self):
+        (found,) = problems(quantize={"percentile": 99.0}, data={"calibrate": "photos"})
+
+        assert found == "quantize.percentile means nothing with method = 'minmax': leave it out or change the method"
+
+    @pytest.mark.parametrize("name", ["a/b", "..", "/tmp"])
+    def test_a_name_that_is_no_folder_name_is_refused(self, name):
+        (found,) = problems({**LEAST, "name": name})
+
+        assert found == f"name = {name!r} cannot be the name of a folder"
+
+
+class TestPathsThatAreTyped:
+    def test_they_are_relative_to_where_they_are_typed(self, tmp_path):
+        path = file(tmp_path, LEAST_TOML + "[data]\ncalibrate = 'photos'\n")
+
+        read = load(path, {"data.validate": "labelled", "model.weights": "best.pth"}, overrides_base=tmp_path / "here")
+
+        assert read.data.calibrate == str(tmp_path / "photos")
+        assert read.data.validate == str(tmp_path / "here" / "labelled")
+        assert read.model.weights == str(tmp_path / "here" / "best.pth")
+
+    def test_a_users_file_is_a_path_and_a_networks_name_is_not(self, tmp_path):
+        assert (
+            load(file(tmp_path, LEAST_TOML.replace("lenet5", "nets/mine.py:build"))).model.name
+            == f"{tmp_path}/nets/mine.py:build"
+        )
+        assert load(file(tmp_path, LEAST_TOML.replace("lenet5", "package.mine:build"))).model.name == "package.mine:build"

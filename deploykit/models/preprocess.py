@@ -71,7 +71,7 @@ def of_network(attribute: object, *, name: str) -> PreprocessTable | None:
     """
     if not isinstance(attribute, Mapping):
         return None
-    content = {"name": name, "model": {"name": name}, "preprocess": dict(attribute)}
+    content = {"name": "network", "model": {"name": name}, "preprocess": dict(attribute)}
     try:
         return recipe.parse(content, base=Path(), source=f"the attribute `preprocess` of {name}").preprocess
     except RecipeError as error:

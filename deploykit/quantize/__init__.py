@@ -101,7 +101,9 @@ def quantize(model: Artifact, observations: Artifact, settings: QuantizeTable, r
 
 
 def _range(seen: Histogram, settings: QuantizeTable) -> ranges.Range:
-    return ranges.minmax(seen) if settings.method == "minmax" else ranges.percentile(seen, settings.percentile)
+    if settings.method == "minmax":
+        return ranges.minmax(seen)
+    return ranges.percentile(seen, ranges.PERCENT if settings.percentile is None else settings.percentile)
 
 
 def _check_claims(path: Path, decided: place.Plan) -> None:

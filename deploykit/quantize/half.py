@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from deploykit import runtimes
 from deploykit.artifact import SAMPLES, Artifact, Precision
@@ -25,7 +26,7 @@ _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 def to_fp16(model: Artifact, folder: Path) -> Artifact:
     """Write `model.onnx` typed in float16, and its golden samples, into `folder`.
 
-    Raises StageError when a weight or a scale does not fit: beyond 65,504, or a scale that rounds to zero.
+    Raises StageError, naming them, when weights or scales are beyond float16's 65,504.
     """
     graph = ir.load(model.path)
     underflows = _convert_initializers(graph.graph)
@@ -51,7 +52,11 @@ def to_fp16(model: Artifact, folder: Path) -> Artifact:
 
 
 def _convert_initializers(graph: ir.Graph) -> int:
-    """Float constants to half; returns how many weights became zero, which is harmless, unlike a scale of zero."""
+    """Float constants to half; returns how many weights became zero.
+
+    Scales are rounded up, so that nothing is clipped and none becomes zero, which runtimes refuse; quantization and
+    dequantization read the same one, so a coarser scale costs steps but adds no bias. The smallest is 6e-8.
+    """
     pairs = [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     scales = {node.inputs[1].name for node in pairs if node.inputs[1] is not None}
     problems, underflows = [], 0
@@ -62,13 +67,10 @@ def _convert_initializers(graph: ir.Graph) -> int:
             continue  # its scales are float32 whatever the type of what it resizes
         wide = value.const_value.numpy()
         with np.errstate(over="ignore", under="ignore"):
-            narrow = wide.astype(np.float16)
+            narrow = _rounded_up(wide) if name in scales else wide.astype(np.float16)
         if (np.isfinite(wide) & ~np.isfinite(narrow)).any():
             problems.append(f"{name}: {np.abs(wide[np.isfinite(wide)]).max():.4g} is beyond float16's {_FP16_MAX:,.0f}")
-        lost = int(((narrow == 0) & (wide != 0)).sum())
-        if lost and name in scales:
-            problems.append(f"{name}: the scale {np.abs(wide[wide != 0]).min():.3g} rounds to zero in float16")
-        underflows += lost
+        underflows += int(((narrow == 0) & (wide != 0)).sum())
         value.const_value = ir.tensor(narrow, name=name)
         value.type = ir.TensorType(_HALF)
     if problems:
@@ -76,16 +78,17 @@ def _convert_initializers(graph: ir.Graph) -> int:
     return underflows
 
 
+def _rounded_up(scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    nearest = scales.astype(np.float16)
+    return np.where(nearest < scales, np.nextafter(nearest, np.float16(np.inf)), nearest).astype(np.float16)
+
+
 def _cast_at_the_ends(graph: ir.Graph) -> None:
     """Inputs and outputs stay float32, so that a program feeds and reads the same whatever the precision."""
     for value in list(graph.inputs):
         readers = list(value.uses())  # before the Cast becomes one
         cast = ir.node("Cast", [value], {"to": _HALF}, name=f"{value.name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
-            f"{value.name}/fp16",
-            ir.TensorType(_HALF),
-            value.shape,
-        )
+        _describe(cast.outputs[0], f"{value.name}/fp16", _HALF, value.shape)
         graph.insert_before(graph.node(0), cast)
         for reader, index in readers:
             reader.replace_input_with(index, cast.outputs[0])

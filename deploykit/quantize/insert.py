@@ -70,7 +70,7 @@ def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_sca
     assert weight.const_value is not None
     assert weight.name is not None
     values = weight.const_value.numpy().astype(np.float32)
-    axis = _output_axis(node)
+    axis = place.output_axis(node)
     bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
     scale = weight_scales(values, axis, bias=bias_values if rules.bias == "int32" else None, input_scale=input_scale)
     node.replace_input_with(1, _weight_pair(graph, node, weight.name, values, scale, axis, rules))
@@ -126,13 +126,6 @@ def _bias_dequantized(
     dequantize.outputs[0].name = f"{label}/dequantized"
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
-
-
-def _output_axis(node: ir.Node) -> int:
-    """The weights' axis of the output channels."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB")):
-        return 0
-    return 1
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:

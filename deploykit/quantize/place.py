@@ -46,8 +46,8 @@ class Plan:
 
 def plan(graph: ir.Graph, rules: QdqRules) -> Plan:
     """Decide by `rules` what of `graph` is quantized; nothing is changed yet."""
-    layers = [_judge(node) for node in graph if node.op_type in LAYERS]
-    int8 = {node for node in graph if node.op_type in LAYERS and not _why_float(node)}
+    layers = [_judge(node, rules) for node in graph if node.op_type in LAYERS]
+    int8 = {node for node in graph if node.op_type in LAYERS and not _why_float(node, rules)}
     quantized = {_input(node) for node in int8}
     if rules.outputs:
         quantized |= {_site(node.outputs[0]) for node in int8 if not _site(node.outputs[0]).is_graph_output()}
@@ -76,13 +76,20 @@ def claimed(decided: Plan) -> list[str]:
     return [layer.name for layer in decided.layers if layer.int8]
 
 
-def _judge(node: ir.Node) -> LayerPlan:
-    why = _why_float(node)
+def _judge(node: ir.Node, rules: QdqRules) -> LayerPlan:
+    why = _why_float(node, rules)
     return LayerPlan(node.name or "", node.op_type, not why, why)
 
 
-def _why_float(node: ir.Node) -> str:
-    """Why a layer cannot be quantized by any rules; empty when it can."""
+def output_axis(node: ir.Node) -> int:
+    """The axis of a layer's weights that counts its output channels."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB")):
+        return 0
+    return 1
+
+
+def _why_float(node: ir.Node, rules: QdqRules) -> str:
+    """Why a layer cannot be quantized by these rules; empty when it can."""
     weight = node.inputs[1]
     if weight is None or weight.const_value is None:
         return "its weights are computed in the graph, not constant"
@@ -95,8 +102,11 @@ def _why_float(node: ir.Node) -> str:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and bias.const_value is None:
         return "its bias is computed in the graph, not constant"
-    if bias is not None and bias.const_value is not None and len(bias.const_value.shape) != 1:
+    channels = weight.const_value.shape[output_axis(node)]
+    if bias is not None and bias.const_value is not None and list(bias.const_value.shape) != [channels]:
         return "its bias is not one number for each output channel"
+    if rules.outputs and node.op_type == "Conv" and _site(node.outputs[0]).is_graph_output():
+        return "its result is the network's output, and the int8 convolution needs a quantized one"
     return ""
 
 
@@ -187,9 +197,18 @@ def _site(value: ir.Value) -> ir.Value:
     uses = list(value.uses())
     if len(uses) == 1 and not value.is_graph_output():
         reader, index = uses[0]
-        if reader.op_type in _FUSED and index == 0:
+        if reader.op_type in _FUSED and index == 0 and not _clips_below_zero(reader):
             return reader.outputs[0]
     return value
+
+
+def _clips_below_zero(node: ir.Node) -> bool:
+    """A Clip (Hardtanh) whose lower bound is not zero: rounding the zero point moves the range a little beyond it, and
+    ONNX Runtime then keeps the Clip, which would stand between the layer and its quantization."""
+    if node.op_type != "Clip":
+        return False
+    low = node.inputs[1] if len(node.inputs) > 1 else None
+    return low is None or low.const_value is None or float(low.const_value.numpy()) != 0
 
 
 def _skip_input(node: ir.Node, depth: Mapping[ir.Value, int]) -> int:

@@ -12,6 +12,7 @@ from deploykit.quantize.histogram import Histogram
 
 # An int32 bias is kept this far from overflow: 2**31 - 1 less a margin for the rounding of scales to float32.
 _BIAS_LIMIT = 2.0**30
+PERCENT = 99.99
 _SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
 

@@ -33,10 +33,10 @@ def run(result: Mapping[str, Any]) -> str:
     for engine in result["engines"]:
         if not engine["built"]:
             parts.append(f"no {engine['label']} engine was built: {engine['why']}")
-            parts += [f"  on the device: {engine['next']}"] * bool(engine["next"])
+            parts += [f"  on the device, from {result['out']}: {engine['next']}"] * bool(engine["next"])
     if model["random"]:
         parts.append("RANDOM WEIGHTS: latency is meaningful, decisions are not, and there is no decision gate")
-    parts.append(_gates(result["gates"]))
+    parts += [_gates(result["gates"])] * bool(result["gates"])
     if result["evaluated_on"]["labelled"]:
         images, drop = result["evaluated_on"]["images"], result["visible_drop_points"]
         parts.append(f"{images} images cannot show an accuracy drop smaller than {drop:.2f} points")
@@ -93,11 +93,17 @@ def _comparison(result: Mapping[str, Any]) -> Table:
             f"{100 * case['accuracy']['engine']:.2f} %" if case["accuracy"] else "",
             f"{100 * case['agreement']:.2f} %",
             f"{errors['relative']:.1e}" if errors["relative"] is not None else "not finite",
-            f"{errors['sqnr_db']:.1f}" if errors["sqnr_db"] is not None else "",
+            _decibels(errors),
             f"{timed['median_ns'] / 1e6:.3f}" if timed else "",
             f"{engine['bytes'] / 1e6:.2f}" if engine else "",
         )
     return table
+
+
+def _decibels(errors: Mapping[str, Any]) -> str:
+    if errors["sqnr_db"] is not None:
+        return f"{errors['sqnr_db']:.1f}"
+    return "identical" if errors["max_abs"] == 0 else ""
 
 
 def _gates(gates: Iterable[Mapping[str, Any]]) -> Table:

@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 
 from deploykit.artifact import Artifact, Format, Precision, Tensors
-from deploykit.errors import DeploykitError, UsageError, printable
+from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
 from deploykit.machine import Machine, available_cores
 from deploykit.runtimes import LayerPrecision, Realised, check_inputs
@@ -56,7 +56,6 @@ class OnnxSession:
         shapes = {name: array.shape for name, array in inputs.items()}
         if shapes != self._shapes:
             # ONNX Runtime keeps the outputs it allocated in the binding and refuses them for another batch.
-            self._binding.clear_binding_outputs()
             for name in self._outputs:
                 self._binding.bind_output(name, "cpu")
             self._shapes = shapes
@@ -64,8 +63,11 @@ class OnnxSession:
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array)))
 
     def execute(self) -> None:
-        """Run once; the CPU is idle when this returns."""
-        self._session.run_with_iobinding(self._binding)
+        """Run once; the CPU is idle when this returns. Raises StageError with ONNX Runtime's words when a kernel fails."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except RuntimeError as error:
+            raise StageError("ONNX Runtime failed while running the model", why=str(error)) from error
 
     def fetch(self) -> Tensors:
         """The outputs of the last execute, copied."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deploykit.artifact import Artifact, Tensors, TensorSpec
+from deploykit.errors import StageError
 from deploykit.runtimes import check_inputs
 
 
@@ -30,9 +31,12 @@ class TorchScriptSession:
         self._fed = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self._inputs]
 
     def execute(self) -> None:
-        """Run once."""
-        with torch.inference_mode(), _without_deprecation():
-            answer = self._module(*self._fed)
+        """Run once. Raises StageError with torch's words when the program fails, as one with a frozen batch does."""
+        try:
+            with torch.inference_mode(), _without_deprecation():
+                answer = self._module(*self._fed)
+        except RuntimeError as error:
+            raise StageError("the TorchScript program failed", why=str(error).strip().splitlines()[-1]) from error
         self._answers = list(answer) if isinstance(answer, (tuple, list)) else [answer]
 
     def fetch(self) -> Tensors:
