@@ -25,7 +25,7 @@ from deploykit.models import Model
 from deploykit.recipe import ExportTable
 from deploykit.runtimes import answers, onnxruntime, pieces, torchscript
 
-INPUT, OUTPUT = "image", "logits"
+INPUT, OUTPUT, BATCH = "image", "logits", "batch"
 MODULE_KEY = "deploykit.module"
 
 
@@ -222,6 +222,24 @@ def _rename(graph: ir.Graph) -> None:
         for index, value in enumerate(node.outputs):
             if not value.is_graph_output():
                 value.name = f"{node.name}:{index}" if index else node.name
+    _name_the_batch(graph)
+
+
+def _name_the_batch(graph: ir.Graph) -> None:
+    """The dynamic dimension is called `batch` everywhere, not by the number that torch.export counted."""
+    source = graph.inputs[0].shape
+    if source is None or not isinstance(source[0], ir.SymbolicDim) or source[0].value is None:
+        return
+    counted = re.compile(rf"\b{re.escape(source[0].value)}\b")
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, counted) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, counted: re.Pattern[str]) -> int | str | None:
+    if not isinstance(size, ir.SymbolicDim):
+        return size
+    return None if size.value is None else counted.sub(BATCH, size.value)
 
 
 def _module_path(node: ir.Node) -> str:
@@ -259,11 +277,9 @@ def _artifact(
         format=kind,
         precision=Precision.FP32,
         inputs=(
-            TensorSpec(INPUT, "float32", ("batch" if settings.batch == "dynamic" else settings.batch, *model.preprocess.shape)),
+            TensorSpec(INPUT, "float32", (BATCH if settings.batch == "dynamic" else settings.batch, *model.preprocess.shape)),
         ),
-        outputs=(
-            TensorSpec(OUTPUT, "float32", ("batch" if settings.batch == "dynamic" else settings.batch, reference.shape[1])),
-        ),
+        outputs=(TensorSpec(OUTPUT, "float32", (BATCH if settings.batch == "dynamic" else settings.batch, reference.shape[1])),),
         preprocess=model.preprocess,
         classes=model.classes,
         sha256="",

@@ -122,7 +122,7 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
     for engine in engines:
         if engine.built is not None:
             yield Case(engine.label, engine.built, runtimes.get(engine.runtime).load(engine.built), is_engine=True)
-        elif engine.model.precision is Precision.INT8:
+        elif engine.model.precision is not Precision.FP32:
             session = onnxruntime.reference(engine.model.path)
             yield Case(f"{engine.label} graph on the reference", engine.model, session, is_engine=False)
 

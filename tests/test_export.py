@@ -165,6 +165,13 @@ class TestTheOnnxFile:
             # float32 rounds to 6e-8; a dozen layers of sums in another order stay below 1e-5 (bound of export: 1e-4)
             assert np.abs(run(session, {"image": inputs})["logits"] - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
+    def test_the_dynamic_dimension_is_called_batch_wherever_it_stands(self, residual):
+        graph = onnx.load(residual.path).graph
+
+        values = [*graph.input, *graph.output, *graph.value_info]
+        sizes = {size.dim_param for value in values for size in value.type.tensor_type.shape.dim if size.dim_param}
+        assert sizes == {"batch"}
+
 
 class TestOperators:
     def test_means_over_both_spatial_axes_become_global_average_pools_and_other_means_stay(self, tmp_path):

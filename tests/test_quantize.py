@@ -252,6 +252,20 @@ def quantized_tensors(artifact: Artifact) -> dict[str, str]:
     return {node.input[0]: node.input[1] for node in pairs if node.input[0] not in weights}
 
 
+@pytest.mark.parametrize(("runtime", "dtype"), [("onnxruntime", "UINT8"), ("tensorrt", "INT8")])
+def test_the_file_says_the_type_of_every_quantized_tensor(portable, tmp_path, runtime, dtype):
+    artifact = networks.quantized(portable("lenet5"), runtime, tmp_path)
+
+    values = {
+        value.name: ir.DataType(value.type.tensor_type.elem_type).name for value in onnx.load(artifact.path).graph.value_info
+    }
+    activations = [
+        node.output[0] for node in nodes_of(artifact) if node.op_type == "QuantizeLinear" and "weight" not in node.name
+    ]
+    assert activations
+    assert {values[name] for name in activations} == {dtype}
+
+
 class TestCalibration:
     def ranges(self, source: Artifact, folder: Path, pictures: np.ndarray) -> dict[str, Range]:
         made = networks.calibrated(source, folder, pictures)

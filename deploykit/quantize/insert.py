@@ -13,6 +13,8 @@ from deploykit.quantize import place
 from deploykit.quantize.ranges import QuantParameters, Range, affine_uint8, symmetric_int8, weight_scales
 from deploykit.runtimes import QdqRules
 
+_INTEGERS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
+
 
 def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> None:
     """Put Q/DQ into `model` in place, as `decided` on this same model, with scales from `ranges`.
@@ -55,7 +57,8 @@ def _add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> 
     zero_point = _constant(graph, f"{name}/zero_point", np.array(parameters.zero_point, parameters.dtype))
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}/QuantizeLinear")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{name}/DequantizeLinear")
-    quantize.outputs[0].name, dequantize.outputs[0].name = f"{name}/quantized", f"{name}/dequantized"
+    _describe(quantize.outputs[0], f"{name}/quantized", _INTEGERS[parameters.dtype], value.shape)
+    _describe(dequantize.outputs[0], f"{name}/dequantized", ir.DataType.FLOAT, value.shape)
     producer = value.producer()
     if producer is None:
         graph.insert_before(graph.node(0), [quantize, dequantize])
@@ -97,7 +100,7 @@ def _weight_pair(
     if rules.weights == "float":
         source = graph.initializers[name]
         nodes.append(ir.node("QuantizeLinear", [source, scale_value, zero_point], {"axis": axis}, name=f"{label}/QuantizeLinear"))
-        nodes[0].outputs[0].name = f"{label}/quantized"
+        _describe(nodes[0].outputs[0], f"{label}/quantized", ir.DataType.INT8, source.shape)
         quantized = nodes[0].outputs[0]
     else:
         shape = [1] * values.ndim
@@ -107,7 +110,7 @@ def _weight_pair(
     nodes.append(
         ir.node("DequantizeLinear", [quantized, scale_value, zero_point], {"axis": axis}, name=f"{label}/DequantizeLinear")
     )
-    nodes[-1].outputs[0].name = f"{label}/dequantized"
+    _describe(nodes[-1].outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(values.shape))
     graph.insert_before(node, nodes)
     return nodes[-1].outputs[0]
 
@@ -123,7 +126,7 @@ def _bias_dequantized(
         _constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int32)),
     ]
     dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{label}/DequantizeLinear")
-    dequantize.outputs[0].name = f"{label}/dequantized"
+    _describe(dequantize.outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(values.shape))
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
 
@@ -133,3 +136,8 @@ def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | np.generi
     value = ir.Value(name=name, shape=ir.Shape(np.asarray(array).shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    """Name and type, so that the file says what every tensor is without shape inference."""
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
