@@ -256,14 +256,11 @@ def quantized_tensors(artifact: Artifact) -> dict[str, str]:
 def test_the_file_says_the_type_of_every_quantized_tensor(portable, tmp_path, runtime, dtype):
     artifact = networks.quantized(portable("lenet5"), runtime, tmp_path)
 
-    values = {
-        value.name: ir.DataType(value.type.tensor_type.elem_type).name for value in onnx.load(artifact.path).graph.value_info
-    }
-    activations = [
-        node.output[0] for node in nodes_of(artifact) if node.op_type == "QuantizeLinear" and "weight" not in node.name
-    ]
+    graph = onnx.load(artifact.path).graph
+    types = {value.name: onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in graph.value_info}
+    activations = [node.output[0] for node in graph.node if node.op_type == "QuantizeLinear" and "weight" not in node.name]
     assert activations
-    assert {values[name] for name in activations} == {dtype}
+    assert {types[name] for name in activations} == {dtype}
 
 
 class TestCalibration:
