@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -28,7 +29,7 @@ from deploykit.report.result import Stage, benchmark_facts, result
 from deploykit.sources import Sources
 
 RECIPE, RESULT, REPORT = "recipe.toml", "result.json", "report.html"
-_TOOLS = ("deploykit", "numpy", "pillow", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_TOOLS = ("numpy", "pillow", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _FEW_IMAGES = 32
 
 
@@ -97,6 +98,13 @@ class Work:
     stages: list[Stage] = field(default_factory=list)
     made: dict[str, Artifact] = field(default_factory=dict)
 
+    @cached_property
+    def tools(self) -> Mapping[str, str | None]:
+        """What makes the stages: versions, and the digest of this package's own code, which changes between versions."""
+        package = Path(__file__).parent
+        code = [artifact.digest_file(path) for path in sorted(package.rglob("*.py"))]
+        return {"code": digest(code), **{tool: installed_version(tool) for tool in _TOOLS}}
+
     def stage(
         self,
         name: str,
@@ -108,14 +116,7 @@ class Work:
     ) -> Artifact:
         """The artifact of one stage: the finished one if it was made from the same, else one made now."""
         start = self.clock()
-        key = digest(
-            {
-                "stage": name,
-                "settings": to_json(settings),
-                "parents": list(parents),
-                "tools": {tool: installed_version(tool) for tool in _TOOLS},
-            }
-        )
+        key = digest({"stage": name, "settings": to_json(settings), "parents": list(parents), "tools": self.tools})
         final = self.out / name
         found = artifact.find(final, key)
         made = self.made[name] = found if found is not None else artifact.make(final, key, make)

@@ -143,8 +143,9 @@ def _finite_gate(label: str, answers: Logits, images: Images) -> GateResult:
 
 
 def _conversion_gate(label: str, found: Conversion) -> GateResult:
-    same = "identical" if found.errors.max_abs == 0 else f"max|d| / max|y| {found.errors.relative:.2g}"
-    reason = f"{same}, SQNR {found.errors.sqnr_db:.1f} dB on {found.images} golden samples"
+    errors = found.errors
+    apart = "identical" if errors.max_abs == 0 else f"max|d| / max|y| {errors.relative:.2g}, SQNR {errors.sqnr_db:.1f} dB"
+    reason = f"{apart} on {found.images} golden samples"
     return GateResult(f"{label}: answers like its own graph ({found.rule})", found.verdict, found.errors.relative, None, reason)
 
 
