@@ -91,7 +91,8 @@ class Samples:
     """Golden samples: what parity needs on a machine without torch, data set or image library.
 
     `reference` is what the FP32 PyTorch module answered; `expected` is what this very graph answers on ONNX Runtime
-    with all optimisations off, where Q/DQ is executed literally. All arrays have the samples in dimension 0.
+    with all optimisations off, where Q/DQ is executed literally (for TorchScript, which it cannot execute, the reference).
+    All arrays have the samples in dimension 0.
     """
 
     inputs: Tensors
@@ -154,6 +155,11 @@ class Artifact:
     def folder(self) -> Path:
         """The artifact's directory."""
         return self.path.parent
+
+    @property
+    def identity(self) -> str:
+        """Digest of the manifest: of every file, of what they mean (classes, preprocessing), and of what they were made from."""
+        return digest_file(self.folder / MANIFEST)
 
     def samples(self) -> Samples:
         """The golden samples stored with the artifact."""

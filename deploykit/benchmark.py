@@ -12,7 +12,6 @@ on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -38,13 +37,21 @@ Interval: TypeAlias = tuple[float, float]
 # (loadgen/early_stopping.cc); with fewer, the empirical one is a guess.
 FEWEST_FOR_P90 = 64
 _RESAMPLES = 10_000
+# From the 10th to the 90th percentile, and between the medians of processes, latencies on a quiet machine differ by a
+# few per cent; small networks, whose queries take microseconds, by up to a third.
+_STEADY = 1.5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine's raw samples. `latency_ns` has one list for each process; so has every other field one value."""
+    """One engine's raw samples. `latency_ns` has one list for each process; so has every other field one value.
+
+    A query is `images_per_query` images: one, or the batch that is fixed in the engine, and so is an offline query then.
+    """
 
     label: str
+    images_per_query: int
+    offline_batch: int
     latency_ns: tuple[tuple[int, ...], ...]
     offline_per_second: tuple[float, ...]
     load_ns: tuple[int, ...]
@@ -89,6 +96,21 @@ class BenchmarkReport:
         tops, bottoms = (np.median(x[generator.integers(0, len(x), (_RESAMPLES, len(x)))], axis=1) for x in (a, b))
         return float(np.median(a) / np.median(b)), _interval(tops / bottoms)
 
+    def doubts(self) -> list[str]:
+        """What in the samples says that something else was running; empty on a quiet machine.
+
+        An interval over processes cannot see a disturbance that hits all of them alike; the spread inside them can.
+        """
+        found = []
+        for engine in self.engines:
+            queries = sorted(query for process in engine.latency_ns for query in process)
+            tenth, ninetieth = queries[len(queries) // 10], queries[-(len(queries) // 10) - 1]
+            medians = engine.process_medians_ns
+            if ninetieth > _STEADY * tenth or max(medians) > _STEADY * min(medians):
+                spread = max(ninetieth / tenth, max(medians) / min(medians))
+                found.append(f"{engine.label}: latencies spread by a factor of {spread:.1f}; measure again on a quiet machine")
+        return found
+
     def _engine(self, label: str) -> Measured:
         return next(engine for engine in self.engines if engine.label == label)
 
@@ -114,11 +136,13 @@ def benchmark(
     answers: dict[str, list[dict[str, Any]]] = {label: [] for label in engines}
     for done, label in enumerate(order):
         progress("benchmark", done, len(order))
-        answers[label].append(_in_fresh_process({**request, "engine": str(engines[label].folder)}))
+        answers[label].append(_in_fresh_process({**request, "engine": str(engines[label].folder.absolute())}))
     progress("benchmark", len(order), len(order))
     measured = tuple(
         Measured(
             label,
+            images_per_query=given[0]["images_per_query"],
+            offline_batch=given[0]["offline_batch"],
             latency_ns=tuple(tuple(answer["latency_ns"]) for answer in given),
             offline_per_second=tuple(answer["offline_per_second"] for answer in given),
             load_ns=tuple(answer["load_ns"] for answer in given),
@@ -164,8 +188,9 @@ def _measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """What a fresh process does."""
     engine = read_artifact(Path(request["engine"]))
     samples = engine.samples()
+    runtime = runtimes.get(str(engine.facts["runtime"]))
     start = perf_counter_ns()
-    session = runtimes.get(str(engine.facts["runtime"])).load(engine)
+    session = runtime.load(engine)
     load_ns = perf_counter_ns() - start
     fixed = engine.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else 1
@@ -173,9 +198,15 @@ def _measure(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["warmup"]:
         single_stream(session, singles, queries=request["warmup"])
     latency_ns = single_stream(session, singles, queries=request["queries"])
-    batch = _batches_of(samples, fixed if isinstance(fixed, int) else request["offline_batch"])[0]
-    per_second = offline(session, batch, seconds=request["offline_seconds"])
-    return {"load_ns": load_ns, "latency_ns": latency_ns, "offline_per_second": per_second}
+    offline_batch = fixed if isinstance(fixed, int) else request["offline_batch"]
+    per_second = offline(session, _batches_of(samples, offline_batch)[0], seconds=request["offline_seconds"])
+    return {
+        "load_ns": load_ns,
+        "images_per_query": size,
+        "offline_batch": offline_batch,
+        "latency_ns": latency_ns,
+        "offline_per_second": per_second,
+    }
 
 
 def _batches_of(samples: Samples, size: int) -> list[dict[str, Any]]:
@@ -192,11 +223,11 @@ def _batches_of(samples: Samples, size: int) -> list[dict[str, Any]]:
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
-    # The package's own folder goes first, so that the child measures this code and not another installed copy.
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # With -m the current directory comes first in the child's path: the one that holds this package, so that the child
+    # measures this code, and neither another installed copy nor a user's random.py is imported.
     command = [sys.executable, "-m", "deploykit.benchmark"]
-    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False)
+    here = Path(__file__).absolute().parents[1]
+    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd=here, check=False)
     if child.returncode != 0:
         raise DeploykitError(
             f"a benchmark process ended with exit code {child.returncode}", why=child.stderr.strip()[-2000:] or "it said nothing"

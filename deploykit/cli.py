@@ -38,6 +38,9 @@ def main() -> NoReturn:
         sys.exit(2)
     except DeploykitError as error:
         click.echo(f"error: {error}", err=True)
+        if "--json" in sys.argv:
+            facts = {"what": error.what, "problems": error.problems, "why": error.why, "fix": error.fix}
+            click.echo(json.dumps({"error": facts, "exit_code": error.exit_code}))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; finished stages are kept, and the same command goes on from there", err=True)
@@ -87,9 +90,11 @@ _skip_option = click.option("--skip-bad-images", is_flag=True, help="Leave out u
 def run_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], skip_bad_images: bool, as_json: bool) -> int:
     """Do everything that a recipe says.
 
-    Fine-tune, export, quantize, build, parity, benchmark, report: a stage that is finished already is skipped.
+    Fine-tune, export, quantize, build, parity, benchmark, report: a stage that is finished already is skipped. RECIPE is
+    a file, or the name of a recipe that comes with deploykit, such as lenet_digits.
     """
     settings = _overrides(overrides)
+    recipe = recipes.shipped(str(recipe)) or recipe
     if skip_bad_images:
         settings["data.skip_bad_images"] = "true"
     return _run(recipes.load(recipe, settings, overrides_base=Path.cwd()), output, as_json)
@@ -146,7 +151,7 @@ def export_command(
     for key, value in values.items():
         if value is not None:
             table, _, name = key.partition("__")
-            content.setdefault(table, {})[name] = int(value) if key == "export__batch" and value.isdigit() else value
+            content.setdefault(table, {})[name] = int(value) if key == "export__batch" and value.isdecimal() else value
     formats = ["onnx"] if set(targets) - {"torchscript"} else []
     content.setdefault("export", {})["formats"] = formats + ["torchscript"] * ("torchscript" in targets)
     runtimes = [name for name in dict.fromkeys(targets) if name in ("onnxruntime", "tensorrt")]

@@ -20,6 +20,7 @@ _FEATURES = {
     "x86_64": ("sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
     "aarch64": ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 }
+_CPU_INFO = Path("/proc/cpuinfo")
 _PACKAGES = ("deploykit", "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 
 
@@ -39,13 +40,14 @@ class Machine:
 
     @classmethod
     def probe(cls) -> Machine:
-        """Look at the machine this process runs on. Takes milliseconds; imports none of the packages it lists."""
-        info = _read(Path("/proc/cpuinfo"))
-        flags = set((_field(info, "flags") or _field(info, "Features")).split())
+        """Look at the machine this process runs on; imports none of the packages it lists.
+
+        Takes milliseconds, and a second or so where there is an `nvidia-smi` to be asked.
+        """
         return cls(
             arch=platform.machine(),
-            cpu=_field(info, "model name") or platform.processor() or "unknown",
-            features=tuple(name for name in _FEATURES.get(platform.machine(), ()) if name in flags),
+            cpu=_field(_read(_CPU_INFO), "model name") or platform.processor() or "unknown",
+            features=cpu_features(),
             cores=available_cores(),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             system=f"{platform.system()} {platform.release()}",
@@ -68,6 +70,13 @@ class Machine:
     def has_int8_dot_product(self) -> bool:
         """Whether the CPU multiplies int8 without intermediate saturation (VNNI, AMX, or ARM's dot product)."""
         return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & set(self.features))
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The CPU's features that decide about int8 kernels, in the kernel's words."""
+    info = _read(_CPU_INFO)
+    flags = set((_field(info, "flags") or _field(info, "Features")).split())
+    return tuple(name for name in _FEATURES.get(platform.machine(), ()) if name in flags)
 
 
 def available_cores() -> int:

@@ -7,6 +7,7 @@ killed goes on where it stopped, and running a finished recipe again takes secon
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
+
+import tomllib
 
 from deploykit import artifact, benchmark, publish, runtimes
 from deploykit.artifact import Artifact, Format, Precision
@@ -29,7 +32,14 @@ from deploykit.report.result import Stage, benchmark_facts, result
 from deploykit.sources import Sources
 
 RECIPE, RESULT, REPORT = "recipe.toml", "result.json", "report.html"
-_TOOLS = ("numpy", "pillow", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_TOOLS = (
+    *("numpy", "pillow", "scikit-learn", "safetensors", "torch", "torchvision"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+)
+_OUR_NAMES = re.compile(
+    r"recipe\.toml|result\.json|report\.html|finetune|calibrate|parity|benchmark"
+    r"|export-(onnx|torchscript)(-fp16)?|quantize-(onnxruntime|tensorrt)(-fp16)?|build-(onnxruntime|tensorrt)-(fp32|fp16|int8)"
+)
 _FEW_IMAGES = 32
 
 
@@ -49,7 +59,7 @@ def clean(out: Path, *, everything: bool = False) -> list[Path]:
                 why=f"it holds {', '.join(map(printable, foreign[:5]))}",
                 fix="move that elsewhere first, or remove the folder yourself",
             )
-        removed = [out] if everything else publish.leftovers(out)
+        removed = [out] if everything else _leftovers(out)
         for path in removed:
             publish.remove(path)
     return removed
@@ -68,7 +78,7 @@ def run(
         work = Work(recipe, out, Sources(recipe, progress), progress, clock)
 
         if recipe.finetune is not None:
-            work.sources.finetuned = _finetune(work)
+            work = replace(work, sources=Sources(recipe, progress, finetuned=_finetune(work)))
         exports = [_export(work, kind) for kind in recipe.export.formats]
         portable = next((found for found in exports if found.format is Format.ONNX), None)
         models = [] if portable is None or not recipe.build.runtimes else [portable]
@@ -196,7 +206,7 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
     observations = work.stage(
         "calibrate",
         calibrate,
-        parents=[model.sha256, work.sources.digest],
+        parents=[model.identity, work.sources.digest],
         summary=lambda made: f"{made.facts['tensors']} activations over {made.facts['images']} images",
     )
 
@@ -210,7 +220,7 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
             f"quantize-{runtime}",
             make,
             settings=settings,
-            parents=[model.sha256, observations.sha256],
+            parents=[model.identity, observations.identity],
             summary=lambda made: f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ",
         )
 
@@ -228,7 +238,7 @@ def _half(work: Work, model: Artifact) -> Artifact:
     return work.stage(
         f"{model.folder.name}-fp16",
         make,
-        parents=[model.sha256],
+        parents=[model.identity],
         summary=lambda made: f"{made.facts['tensors']} float tensors in fp16, {made.facts['underflows']} weights became zero",
     )
 
@@ -261,7 +271,7 @@ def _build_for(work: Work, model: Artifact, runtime: str) -> Engine:
         name,
         lambda folder: build(model, runtime, folder, threads=settings.threads),
         settings=[settings.threads, Machine.probe().identity],
-        parents=[model.sha256],
+        parents=[model.identity],
         summary=lambda made: f"{made.path.stat().st_size / 1e6:.2f} MB",
     )
     return Engine.of(runtime, model, built)
@@ -281,7 +291,7 @@ def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) 
         "parity",
         make,
         settings=work.recipe.gate,
-        parents=[work.sources.digest, *_digests(exports, engines)],
+        parents=[work.sources.digest, *_keys(exports, engines)],
         summary=lambda made: str(made.facts["summary"]),
     )
     return _content(made)
@@ -311,7 +321,7 @@ def _benchmark(work: Work, engines: Sequence[Engine]) -> Mapping[str, Any] | Non
         "benchmark",
         make,
         settings=[settings, Machine.probe().identity],
-        parents=[engine.sha256 for engine in built.values()],
+        parents=[engine.identity for engine in built.values()],
         summary=lambda made: str(made.facts["summary"]),
     )
     return _content(made)
@@ -329,8 +339,8 @@ def _content(report: Artifact) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], json.loads(report.path.read_text()))
 
 
-def _digests(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:
-    return [found.sha256 for found in (*exports, *(engine.built or engine.model for engine in engines))]
+def _keys(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:
+    return [found.identity for found in (*exports, *(engine.built or engine.model for engine in engines))]
 
 
 def _require_engines(recipe: Recipe) -> None:
@@ -351,6 +361,8 @@ def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
     When the work is refused before any stage was done, the folder is nobody's again, so a corrected recipe may have it.
     """
     path, wanted = out / RECIPE, dump(recipe).encode()
+    for leftover in _leftovers(out):
+        publish.remove(leftover)
     foreign = [printable(name) for name in _contents(out) if name != RECIPE]
     is_new = not path.exists()
     if is_new and foreign:
@@ -364,11 +376,9 @@ def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
     elif path.read_bytes() != wanted:
         raise UsageError(
             f"the output folder {printable(out)} belongs to another recipe",
-            why=_first_difference(path.read_text(errors="replace"), wanted.decode()),
+            problems=_differences(path.read_text(errors="replace"), wanted.decode())[:10],
             fix=f"choose another folder with --output, or remove that one with: deploykit clean --all {printable(out)}",
         )
-    for leftover in publish.leftovers(out):
-        publish.remove(leftover)
     try:
         yield
     except DeploykitError:
@@ -378,14 +388,33 @@ def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a run wrote this entry of its output folder."""
-    return path.name in (RECIPE, RESULT, REPORT) or path.name.endswith(publish.UNFINISHED) or (path / artifact.MANIFEST).is_file()
+    """Whether a run gave this name to an entry of its output folder, or to what a killed run left of it."""
+    name = path.name
+    for suffix in publish.UNFINISHED:
+        name = name.removesuffix(suffix)
+    return bool(_OUR_NAMES.fullmatch(name))
+
+
+def _leftovers(out: Path) -> list[Path]:
+    """What killed runs left, and nothing that a user happened to call `backup.partial`."""
+    return [path for path in publish.leftovers(out) if _is_ours(path)]
 
 
 def _contents(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir() if path.name != publish.LOCK)
 
 
-def _first_difference(old: str, new: str) -> str:
-    changed = [f"{a!r} there, {b!r} here" for a, b in zip(old.splitlines(), new.splitlines(), strict=False) if a != b]
-    return f"the first of {len(changed)} differences: {changed[0]}" if changed else "one asks for more than the other"
+def _differences(old: str, new: str) -> list[str]:
+    """What two recipes ask for differently, key by key."""
+    try:
+        there, here = _flat(tomllib.loads(old)), _flat(tomllib.loads(new))
+    except tomllib.TOMLDecodeError:
+        return ["the recipe there is damaged"]
+    return [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in here | there if there.get(key) != here.get(key)]
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

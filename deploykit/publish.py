@@ -49,7 +49,8 @@ def directory(final: Path) -> Iterator[Path]:
     """Give an empty directory to fill; when the block ends without an exception, it becomes `final`.
 
     A directory that already stands at `final` is moved aside only after the new one is complete on disk, and then
-    removed. On any exception, Ctrl-C included, what was written is removed and `final` is as it was before.
+    removed. On any exception, Ctrl-C included, what was written is removed and `final` is as it was before; only when
+    the very last fsync fails has `final` changed already, and is complete.
 
     Raises DeploykitError when the file system refuses.
     """
@@ -95,7 +96,7 @@ def lock(root: Path) -> Iterator[None]:
 
     Raises UsageError when `root` is a file, or another process, which it names, works there.
     """
-    path = root / LOCK
+    path, is_new = root / LOCK, not root.exists()
     with translating_os_errors("lock", path):
         if root.exists() and not root.is_dir():
             raise UsageError(f"{printable(root)} is a file, not a folder", fix="choose another folder with --output")
@@ -114,7 +115,11 @@ def lock(root: Path) -> Iterator[None]:
             os.ftruncate(file.fileno(), 0)
             # Not file.write: on a full disk it would keep the text and fail once more when the file is closed.
             os.write(file.fileno(), f"pid {os.getpid()}\n".encode())
-        yield
+        try:
+            yield
+        finally:
+            if is_new and root.is_dir() and [found.name for found in root.iterdir()] == [LOCK]:
+                remove(root)  # work that was refused before it wrote anything leaves nothing
 
 
 def _fsync_tree(root: Path) -> None:

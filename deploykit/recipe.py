@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from deploykit.errors import RecipeError, printable
 from deploykit.gate import Rule, parse_rule
-from deploykit.jsonable import digest, to_json
+from deploykit.jsonable import to_json
 
 _SIZE_LIMIT_BYTES = 1 << 20
 
@@ -48,8 +48,8 @@ class PreprocessTable:
     resize: int | None = setting("the shorter side is resized to this many pixels", None, low=1, high=8192)
     crop: int | None = setting("side of the centre crop: the input size in pixels", None, low=1, high=8192)
     fit: Literal["crop", "stretch"] | None = setting("crop the centre, or stretch the whole picture to the input size", None)
-    mean: tuple[float, ...] | None = setting("mean of each channel on the 0..1 scale", None, low=-1000, high=1000)
-    std: tuple[float, ...] | None = setting("standard deviation of each channel on the 0..1 scale", None, low=1e-6, high=1000)
+    mean: tuple[float, ...] | None = setting("mean of each channel on the 0..1 scale", None, low=0, high=1)
+    std: tuple[float, ...] | None = setting("standard deviation of each channel on the 0..1 scale", None, low=1e-6, high=10)
     channels: Literal["RGB", "L"] | None = setting("RGB, or L for greyscale", None)
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = setting("how the picture is resized", None)
 
@@ -99,6 +99,7 @@ class QuantizeTable:
     """Post-training quantization to INT8 as Q/DQ in the graph."""
 
     method: Literal["minmax", "percentile"] = setting("how a range is chosen from what was observed", "minmax")
+    float_layers: tuple[str, ...] = setting("layers to leave in float, by name or pattern: 'fc/Gemm', 'layer4.*'", ())
     percentile: float | None = setting(
         "with method percentile: the share of the values that a range keeps, in percent; 99.99 when absent",
         None,
@@ -150,11 +151,6 @@ class Recipe:
     benchmark: BenchmarkTable = field(default=BenchmarkTable())
 
     @property
-    def digest(self) -> str:
-        """The same for two recipes exactly when they ask for the same."""
-        return digest(to_json(self))
-
-    @property
     def rules(self) -> tuple[Rule, ...]:
         """The parsed gate rules."""
         return tuple(parse_rule(text) for text in self.gate)
@@ -178,6 +174,16 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, overrides_ba
     except (ValueError, RecursionError) as error:  # TOML syntax, not UTF-8, a number of thousands of digits, deep nesting
         raise RecipeError(f"{printable(path)} is not valid TOML", why=str(error)) from error
     return parse(content, base=path.parent, source=printable(path), overrides=overrides, overrides_base=overrides_base)
+
+
+def shipped(name: str) -> Path | None:
+    """The file of a recipe that comes with deploykit, by its bare name; None when there is none of that name."""
+    # Beside the package in a checkout, inside it in a wheel.
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes"):
+        path = folder / f"{name}.toml"
+        if path.parent == folder and path.is_file():
+            return path
+    return None
 
 
 def parse(
@@ -236,14 +242,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What each key allows but all of them together do not mean anything."""
     for text in recipe.gate:
         try:
-            rule = parse_rule(text)
+            parse_rule(text)
         except ValueError as error:
             yield f"gate: {error}"
             continue
         if recipe.quantize is None:
             yield f"gate {text!r} compares INT8 with FP32, but there is no [quantize] table"
-        if rule.metric == "drop" and recipe.data.validate is None and recipe.data.name is None:
-            yield f"gate {text!r} needs labelled images: set data.validate (--validate DIR)"
+        if recipe.data.validate is None and recipe.data.name is None:
+            yield f"gate {text!r} needs labelled images that were not calibrated on: set data.validate (--validate DIR)"
         if recipe.model.weights == "none" and recipe.finetune is None:
             yield f'gate {text!r} judges decisions, and random weights (model.weights = "none") decide nothing'
     if Path(recipe.name).name != recipe.name or recipe.name == "..":
@@ -272,11 +278,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for key, names in (("export.formats", recipe.export.formats), ("build.runtimes", recipe.build.runtimes)):
         if len(set(names)) < len(names):
             yield f"{key} = {list(names)} names one of them twice"
-    shape, statistics = recipe.preprocess.channels, ("mean", "std")
+    channels, statistics = recipe.preprocess.channels, ("mean", "std")
     for key in statistics:
         values = getattr(recipe.preprocess, key)
-        if values is not None and shape is not None and len(values) != len(shape):
-            yield f"preprocess.{key} has {len(values)} values for {len(shape)} channels ({shape})"
+        if values is not None and channels is not None and len(values) != len(channels):
+            yield f"preprocess.{key} has {len(values)} values for {len(channels)} channels ({channels})"
 
 
 def _table(cls: type[Any], content: Any, where: str, base: Path, problems: list[str]) -> dict[str, Any]:

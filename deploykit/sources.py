@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deploykit import artifact, data
 from deploykit.artifact import Artifact, Preprocess
 from deploykit.data import Images, Splits
-from deploykit.errors import DataError
+from deploykit.errors import DataError, printable
 from deploykit.jsonable import digest, to_json
 from deploykit.progress import Progress, silent
 from deploykit.recipe import Recipe
@@ -24,17 +23,17 @@ from deploykit.recipe import Recipe
 if TYPE_CHECKING:
     from deploykit.models import Model
 
+NOISE = "noise"
 # Enough for BatchNorm to see spatial statistics of many pictures, few enough for the activations of a large network.
 _BATCH_NORM_BATCH = 16
 _ANY_PREPROCESS = Preprocess(resize=None, crop=(1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, fit="stretch")
 
 
 class Sources:
-    """What a recipe's stages read. `finetuned` is set by the pipeline once that stage is done."""
+    """What a recipe's stages read: the network, with the weights of `finetuned` if that stage is done, and the pictures."""
 
-    def __init__(self, recipe: Recipe, progress: Progress = silent) -> None:
-        self.recipe, self.progress = recipe, progress
-        self.finetuned: Artifact | None = None
+    def __init__(self, recipe: Recipe, progress: Progress = silent, *, finetuned: Artifact | None = None) -> None:
+        self.recipe, self.progress, self.finetuned = recipe, progress, finetuned
 
     @cached_property
     def model(self) -> Model:
@@ -45,14 +44,9 @@ class Sources:
         """
         from deploykit import models
 
-        table = self.recipe.model
-        if self.finetuned is not None:
-            classes = len(self.finetuned.classes) or None
-            table = replace(table, weights=str(self.finetuned.path), weights_key=None, classes=classes)
-            found = models.load(table, self.recipe.preprocess, data_classes=self.finetuned.classes)
-            facts = self.finetuned.facts
-            return replace(found, weights=f"fine-tuned from {facts['weights']}", notes=tuple(cast(list[str], facts["notes"])))
         found = self.untrained
+        if self.finetuned is not None:
+            return models.with_weights(found, self.finetuned.path, origin=f"fine-tuned from {found.weights}")
         if found.is_random and self.calibration is not None:
             pictures = self.calibration.batches(found.preprocess, _BATCH_NORM_BATCH)
             models.calibrate_batch_norm(found, pictures)
@@ -114,33 +108,53 @@ class Sources:
         return self.calibration if self.calibration is not None else _noise(self.untrained, self.recipe.export.samples)
 
     def check(self) -> None:
-        """Read every picture that this run will need, so that a bad one is found before the long work and not after it."""
-        _ = self.calibration, self.evaluation
+        """Read every picture that this run will need, so that a bad one is found before the long work and not after it.
+
+        Raises DataError when a gate would be judged on pictures that were calibrated on.
+        """
+        calibration, evaluation = self.calibration, self.evaluation
         if self.recipe.finetune is not None:
             _ = self.train
+        if self.recipe.gate and calibration is not None:
+            both = set(calibration.contents) & set(evaluation.contents)
+            if both:
+                known = [name for name, content in zip(evaluation.names, evaluation.contents, strict=True) if content in both]
+                raise DataError(
+                    f"{len(known)} of {len(evaluation)} validation images are also calibration images",
+                    why=f"a gate must not be judged on what ranges were chosen from; the first is {known[0]}",
+                    fix="keep the two folders apart",
+                )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """What the network and all pictures are made from. Folder names are part of the pictures' names, so this settles
         the labels without knowing the network's classes."""
-        table, tables = self.recipe.model, self.recipe.data
-        named = (table.weights, table.name.rpartition(":")[0])
         pictures = (self._chosen_for_calibration, self._splits.test if self._splits else self._unlabelled_validation)
+        weights = self._network_digest if self.finetuned is None else self.finetuned.identity
+        return digest([weights, [found.digest if found is not None else None for found in pictures]])
+
+    @cached_property
+    def training_digest(self) -> str:
+        """What fine-tuning starts from."""
+        return digest([self._network_digest, self.train.digest, self.held_out.digest])
+
+    @property
+    def _network_digest(self) -> str:
+        """The recipe's tables about the network, its checkpoint, and a user's code: torch is loaded only for the last."""
+        table = self.recipe.model
+        files = [Path(table.weights)] if Path(table.weights).is_file() else []
+        if ":" in table.name:
+            from deploykit.models import user
+
+            _ = self.untrained  # what the code imports is known once it has run
+            files += user.source_files(table.name)
         return digest(
             {
                 "model": to_json(table),
                 "preprocess": to_json(self.recipe.preprocess),
-                "data": to_json(tables),
-                "files": {name: artifact.digest_file(Path(name)) for name in named if Path(name).is_file()},
-                "pictures": [found.digest if found is not None else None for found in pictures],
-                "finetuned": self.finetuned.sha256 if self.finetuned is not None else None,
+                "files": [artifact.digest_file(path) for path in files],
             }
         )
-
-    @property
-    def training_digest(self) -> str:
-        """What fine-tuning starts from."""
-        return digest([self.digest, self.train.digest, self.held_out.digest])
 
     @cached_property
     def _splits(self) -> Splits | None:
@@ -179,6 +193,13 @@ class Sources:
         # The network is not known yet, only the names of its classes; any preparation finds what cannot be decoded.
         found = found.checked(_ANY_PREPROCESS, skip_bad=table.skip_bad_images, progress=self._announced("training"))
         assert found.labels is not None
+        lonely = [found.classes[label] for label in range(len(found.classes)) if (found.labels == label).sum() < 2]
+        if lonely:
+            raise DataError(
+                f"{printable(table.train)} has classes with fewer than two images",
+                problems=lonely,
+                why="one image of each class is held out to select the best epoch on, and at least one must remain to train on",
+            )
         generator = np.random.default_rng(table.seed)
         held_out: list[int] = []
         for label in np.unique(found.labels):
@@ -198,6 +219,6 @@ def _noise(model: Model, count: int) -> Images:
         labels=None,
         classes=(),
         skipped=(),
-        origin="noise",
+        origin=NOISE,
         sources=tuple(generator.integers(0, 256, shape, dtype=np.uint8) for _ in range(count)),
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +18,14 @@ from deploykit.jsonable import to_json
 from deploykit.models import Model
 from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
+from deploykit.report import pictures
+from deploykit.report.text import REFERENCE
 from deploykit.runtimes import Session, onnxruntime, torchscript
-
-Namer: TypeAlias = Callable[[int], str]
+from deploykit.sources import NOISE
 
 # Answers that vary less than this share of the largest one are float rounding, not decisions.
 _CONSTANT = 1e-5
 _BATCH = 16
-_PICTURES, _PICTURED_FLIPS, _THUMBNAIL = 24, 72, 72
 _LISTED_FLIPS = 100
 
 
@@ -53,13 +52,13 @@ def verify(
 
     Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must.
     """
-    reference = _reference(model, images, progress)
-    name = _class_namer(model, images)
-    cases = list(_cases(exports, engines))
+    batch = exports[0].inputs[0].shape[0]
+    reference = _reference(model, images, batch, progress)
+    name = pictures.class_namer(model, images)
     found: list[dict[str, Any]] = []
     gates: list[GateResult] = []
     int8_answers: list[Logits] = []
-    for case in cases:
+    for case in _cases(exports, engines):
         batches = _announced(images, model, case, progress)
         answers = runtimes.answers(case.session, case.artifact, batches)
         comparison = parity.compare(answers, reference, images.names, images.labels)
@@ -67,7 +66,7 @@ def verify(
         case.session.close()
         found.append(_as_json(case, comparison, conversion, name))
         if conversion is not None:
-            gates.append(_conversion_gate(case.label, conversion))
+            gates.append(_conversion_gate(case, conversion))
         if not np.isfinite(answers).all():
             gates.append(_finite_gate(case.label, answers, images))
         if case.artifact.precision is Precision.INT8:
@@ -82,23 +81,28 @@ def verify(
         "evaluated_on": {"origin": images.origin, "images": len(images), "labelled": images.labels is not None},
         "random": model.is_random,
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-        "notes": [*model.notes, *_doubts(reference)],
-        "samples": _pictures(images, reference, int8_answers, name),
+        "notes": [*model.notes, *_doubts(images, reference)],
+        "samples": pictures.chosen(images, reference, int8_answers, name),
     }
 
 
-def _doubts(reference: Logits) -> list[str]:
-    """A network that answers everything alike makes every comparison pass: say so instead of looking good."""
+def _doubts(images: Images, reference: Logits) -> list[str]:
+    """What makes every comparison pass without proving anything: say so instead of looking good."""
+    found = []
+    if images.origin == NOISE:
+        found.append("no pictures were given, so everything was compared on noise: answers can be, decisions mean nothing")
+    elif images.labels is None:
+        found.append("decisions were compared on the calibration images; labelled ones (--validate DIR) would say more")
     spread = float(np.ptp(reference, axis=0).max()) if len(reference) > 1 else 1.0
-    if spread > _CONSTANT * max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny)):
-        return []
-    return ["FP32 PyTorch gives the same answer to every image, so agreement and errors prove nothing here"]
+    if spread <= _CONSTANT * max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny)):
+        found.append("FP32 PyTorch gives the same answer to every image, so agreement and errors prove nothing here")
+    return found
 
 
-def _reference(model: Model, images: Images, progress: Progress) -> Logits:
+def _reference(model: Model, images: Images, fixed: int | str, progress: Progress) -> Logits:
     answers, done = [], 0
-    for batch in images.batches(model.preprocess, _BATCH):
-        answers.append(export.torch_logits(model, batch))
+    for batch in images.batches(model.preprocess, fixed if isinstance(fixed, int) else _BATCH):
+        answers.append(export.torch_logits(model, batch, fixed))
         done += len(batch)
         progress("parity: PyTorch", done, len(images))
     return np.concatenate(answers)
@@ -124,7 +128,7 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
             yield Case(engine.label, engine.built, runtimes.get(engine.runtime).load(engine.built), is_engine=True)
         elif engine.model.precision is not Precision.FP32:
             session = onnxruntime.reference(engine.model.path)
-            yield Case(f"{engine.label} graph on the reference", engine.model, session, is_engine=False)
+            yield Case(f"{engine.label}{REFERENCE}", engine.model, session, is_engine=False)
 
 
 def _conversion(case: Case) -> Conversion | None:
@@ -142,30 +146,35 @@ def _finite_gate(label: str, answers: Logits, images: Images) -> GateResult:
     return GateResult(f"{label}: every answer is a number", Verdict.FAIL, len(broken), None, reason)
 
 
-def _conversion_gate(label: str, found: Conversion) -> GateResult:
+def _conversion_gate(case: Case, found: Conversion) -> GateResult:
     errors = found.errors
     apart = "identical" if errors.max_abs == 0 else f"max|d| / max|y| {errors.relative:.2g}, SQNR {errors.sqnr_db:.1f} dB"
     reason = f"{apart} on {found.images} golden samples"
-    return GateResult(f"{label}: answers like its own graph ({found.rule})", found.verdict, found.errors.relative, None, reason)
+    meaning = "PyTorch" if case.artifact.format is Format.TORCHSCRIPT else "its own graph"
+    return GateResult(f"{case.label}: answers like {meaning} ({found.rule})", found.verdict, errors.relative, None, reason)
 
 
 def _realised_gate(engine: Engine) -> GateResult:
+    """Asked for INT8: every layer runs in it, but those that the recipe itself keeps in float."""
     assert engine.realised is not None
-    claimed = engine.model.facts["int8_layers"]
-    assert isinstance(claimed, Sequence)
-    floats = [layer for layer in engine.realised.layers if layer.name in claimed and layer.precision != "int8"]
+    kept = engine.model.facts["kept_float"]
+    assert isinstance(kept, Sequence)
+    floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
     reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
+    if kept:
+        reason += f"; kept in float by the recipe: {len(kept)}"
     if floats:
-        reason += f"; in float although quantized: {', '.join(layer.name for layer in floats[:5])}"
+        named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])
+        reason += f"; in float: {named}{', ...' * (len(floats) > 5)}; quantize.float_layers accepts that by name"
     verdict = Verdict.FAIL if floats else Verdict.PASS
-    return GateResult(f"{engine.label}: every quantized layer runs in int8", verdict, engine.realised.int8, None, reason)
+    return GateResult(f"{engine.label}: every layer runs in int8", verdict, engine.realised.int8, None, reason)
 
 
 def _labelled(label: str, found: GateResult) -> GateResult:
     return GateResult(f"{label}: {found.rule}", found.verdict, found.observed, found.interval, found.reason)
 
 
-def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, name: Namer) -> dict[str, Any]:
+def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, name: pictures.Namer) -> dict[str, Any]:
     flips = [
         {
             "image": flip.image,
@@ -196,39 +205,6 @@ def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no infinity: an SQNR of identical tensors becomes null."""
     return {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
-
-
-def _pictures(images: Images, reference: Logits, answers: Sequence[Logits], name: Namer) -> list[dict[str, Any]]:
-    """Some pictures with both decisions: first those on which an INT8 answer differs, then the first of the others.
-
-    The decision shown is that of the first INT8 answer that differs, or else agrees; `confidence` is its softmax.
-    """
-    theirs = reference.argmax(axis=1)
-    differing = {int(index): logits for logits in reversed(answers) for index in np.flatnonzero(logits.argmax(axis=1) != theirs)}
-    usual = answers[0] if answers else reference
-    others = [index for index in range(len(images)) if index not in differing]
-    shown = sorted(differing)[:_PICTURED_FLIPS] + others[: max(0, _PICTURES - len(differing))]
-    pictures = []
-    for index in shown:
-        row = differing.get(index, usual)[index]
-        odds = np.exp(row - row.max())
-        pictures.append(
-            {
-                "png": base64.b64encode(images.thumbnail(index, side=_THUMBNAIL)).decode(),
-                "name": images.names[index],
-                "label": None if images.labels is None else name(int(images.labels[index])),
-                "reference": name(int(theirs[index])),
-                "engine": name(int(row.argmax())),
-                "confidence": float(odds.max() / odds.sum()),
-            }
-        )
-    return pictures
-
-
-def _class_namer(model: Model, images: Images) -> Namer:
-    """The network's names for its classes, else those of the labelled folders, else numbers."""
-    names = model.classes or (images.classes if images.labels is not None else ())
-    return lambda index: names[index] if index < len(names) else f"class {index}"
 
 
 def _summary(found: Iterable[Mapping[str, Any]]) -> str:

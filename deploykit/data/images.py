@@ -51,6 +51,11 @@ class Images:
             object.__setattr__(self, "labels", labels)
 
     @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """SHA-256 (hex) of every picture's bytes, in order."""
+        return tuple(_digest(source) for source in self.sources)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over names, labels, classes and every file's bytes; it does not depend on where the folder lies.
 
@@ -62,7 +67,7 @@ class Images:
                 "names": self.names,
                 "labels": None if self.labels is None else self.labels.tolist(),
                 "classes": self.classes,
-                "contents": [_digest(source) for source in self.sources],
+                "contents": self.contents,
             }
         )
 

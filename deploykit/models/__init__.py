@@ -22,7 +22,7 @@ from deploykit.models.head import with_classes
 from deploykit.models.preprocess import of_network, resolve
 from deploykit.recipe import ModelTable, PreprocessTable
 
-__all__ = ["Entry", "Model", "calibrate_batch_norm", "catalogue", "load", "with_classes"]
+__all__ = ["Entry", "Model", "calibrate_batch_norm", "catalogue", "load", "with_classes", "with_weights"]
 
 _AS_IT_COMES = PreprocessTable()
 # name: (parameters, 10^9 multiply-accumulates of one input), with ten classes; a test counts both.
@@ -113,6 +113,13 @@ def catalogue() -> list[Entry]:
         for name, (parameters, gmacs) in _OWN.items()
     ]
     return own + [Entry(name, "torchvision", *torchvision.facts(name)) for name in torchvision.names()]
+
+
+def with_weights(model: Model, path: Path, *, origin: str) -> Model:
+    """The same network with the weights of a safetensors file of ours, which fit exactly; `model.module` is changed."""
+    model.module.load_state_dict(load_state_dict(path))
+    model.module.eval()
+    return replace(model, weights=origin, is_random=False)
 
 
 def calibrate_batch_norm(model: Model, batches: Iterable[NDArray[np.float32]]) -> None:

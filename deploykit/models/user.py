@@ -60,7 +60,13 @@ def architecture(model: ModelTable) -> Architecture:
         name=model.name,
         build=build,
         preprocess=None,
-        default_weights=lambda: Weights(None, f"as {model.name} made them"),
+        default_weights=lambda: Weights(
+            None,
+            f"as {model.name} made them",
+            notes=(
+                "no weights were named, so the network keeps those that its factory gave it; --weights FILE loads a checkpoint",
+            ),
+        ),
         takes_data_classes=False,
         folder=code,
     )
@@ -81,8 +87,7 @@ def explain(error: BaseException, folder: Path) -> str:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ModelError(f"cannot read the network's code {printable(path)}", why="there is no such file")
-    # Not the bare stem: a file called torch.py or types.py must not take the place of another module.
-    name = f"deploykit_user_{path.stem}"
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     assert spec is not None
     assert spec.loader is not None
@@ -150,3 +155,27 @@ def _running(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
+
+
+def source_files(name: str) -> list[Path]:
+    """The files that the network `name` is made from: what its code has imported from its own folder or the current one.
+
+    Installed packages do not count, wherever they are. The network has to be loaded before.
+    """
+    where = name.rpartition(":")[0]
+    module = sys.modules.get(_module_name(Path(where)) if where.endswith(".py") else where)
+    if module is None or module.__file__ is None:
+        return []
+    own = {Path(module.__file__).absolute().parent, Path.cwd()}
+    loaded = {Path(found).absolute() for each in list(sys.modules.values()) if (found := getattr(each, "__file__", None))}
+    return sorted(path for path in loaded if path.is_file() and own & set(path.parents) and not _is_installed(path))
+
+
+def _is_installed(path: Path) -> bool:
+    """A virtual environment may well lie in the user's folder."""
+    return bool({"site-packages", "dist-packages"} & set(path.parts))
+
+
+def _module_name(path: Path) -> str:
+    """Not the bare stem: a file called torch.py or types.py must not take the place of another module."""
+    return f"deploykit_user_{path.stem}"

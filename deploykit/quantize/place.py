@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
+from deploykit.errors import UsageError
 from deploykit.runtimes import QdqRules
 
+KEPT = "the recipe keeps it in float"
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 _FUSED = frozenset({"Relu", "Clip"})
 # Input 0 is the only activation; the values that come out are values that went in (or a pad's zero).
@@ -44,10 +47,19 @@ class Plan:
     groups: Mapping[str, str]
 
 
-def plan(graph: ir.Graph, rules: QdqRules) -> Plan:
-    """Decide by `rules` what of `graph` is quantized; nothing is changed yet."""
-    layers = [_judge(node, rules) for node in graph if node.op_type in LAYERS]
-    int8 = {node for node in graph if node.op_type in LAYERS and not _why_float(node, rules)}
+def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Plan:
+    """Decide by `rules` what of `graph` is quantized; nothing is changed yet.
+
+    `keep_float` are names or patterns (`layer4.*`) of layers that are to stay in float. Raises UsageError when one of them
+    fits no layer.
+    """
+    nodes = [node for node in graph if _is_layer(node)]
+    unknown = [pattern for pattern in keep_float if not any(fnmatchcase(node.name or "", pattern) for node in nodes)]
+    if unknown:
+        names = ", ".join(str(node.name) for node in nodes[:5])
+        raise UsageError("quantize.float_layers names no layer", problems=unknown, fix=f"layers are called {names}, ...")
+    layers = [_judge(node, rules, keep_float) for node in nodes]
+    int8 = {node for node, layer in zip(nodes, layers, strict=True) if layer.int8}
     quantized = {_input(node) for node in int8}
     if rules.outputs:
         quantized |= {_site(node.outputs[0]) for node in int8 if not _site(node.outputs[0]).is_graph_output()}
@@ -76,9 +88,18 @@ def claimed(decided: Plan) -> list[str]:
     return [layer.name for layer in decided.layers if layer.int8]
 
 
-def _judge(node: ir.Node, rules: QdqRules) -> LayerPlan:
-    why = _why_float(node, rules)
-    return LayerPlan(node.name or "", node.op_type, not why, why)
+def _is_layer(node: ir.Node) -> bool:
+    """A product of two activations, as in attention, is a MatMul but no layer: there are no weights to quantize."""
+    if node.op_type != "MatMul":
+        return node.op_type in LAYERS
+    return node.inputs[1] is not None and node.inputs[1].const_value is not None
+
+
+def _judge(node: ir.Node, rules: QdqRules, keep_float: Sequence[str]) -> LayerPlan:
+    name = node.name or ""
+    chosen = any(fnmatchcase(name, pattern) for pattern in keep_float)
+    why = KEPT if chosen else _why_float(node, rules)
+    return LayerPlan(name, node.op_type, not why, why)
 
 
 def output_axis(node: ir.Node) -> int:
@@ -167,9 +188,9 @@ def _wanting(graph: ir.Graph, int8: set[ir.Node]) -> set[ir.Node]:
 
 
 def _is_between(node: ir.Node) -> bool:
-    """An Add of two activations, a Pad with zeros; the other operators always qualify."""
-    if node.op_type == "Add":
-        return len(_activations(node)) == 2
+    """An Add or Concat of activations alone, a Pad with zeros; the other operators always qualify."""
+    if node.op_type in ("Add", "Concat"):
+        return len(_activations(node)) == len(node.inputs)
     if node.op_type == "Pad" and len(node.inputs) > 2 and (fill := node.inputs[2]) is not None:
         # Pooling is often padded with -inf, which no scale represents.
         return fill.const_value is not None and not fill.const_value.numpy().any()

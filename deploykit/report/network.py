@@ -63,7 +63,7 @@ def export(result: Result) -> Child:
             words_of(entry.get("format")),
             words_of(entry.get("opset"), "has none"),
             units.size(entry.get("bytes")),
-            units.number(entry.get("relative_error")),
+            units.number(entry["relative_error"]) if entry.get("relative_error") is not None else "see the accuracy section",
         )
         for entry in exports
     ]

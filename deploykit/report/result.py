@@ -43,7 +43,8 @@ def result(
 
     `exit_code` is 0, 3 when a gate failed, or 5 when one cannot be decided.
     """
-    exports = [found for name, found in made.items() if name.startswith("export-")]
+    exports = [found for found in made.values() if found.stage == "export"]
+    portable = [found for found in made.values() if found.stage == "quantize"]
     first = exports[0]
     verdict = _verdict([found["verdict"] for found in compared["gates"]])
     return {
@@ -64,14 +65,14 @@ def result(
         },
         "stages": [asdict(stage) for stage in stages],
         "finetune": _finetune(made["finetune"]) if "finetune" in made else None,
-        "exports": [_export(found) for found in exports],
+        "exports": [_export(found) for found in (*exports, *portable)],
         "calibration": _calibration(recipe, made["calibrate"]) if "calibrate" in made else None,
         "engines": [_engine(engine) for engine in engines],
         "parity": compared["parity"],
         "evaluated_on": compared["evaluated_on"],
         "gates": compared["gates"],
         "visible_drop_points": compared["visible_drop_points"],
-        "benchmark": None if measured is None else {key: measured[key] for key in ("settings", "engines", "ratios")},
+        "benchmark": None if measured is None else {key: measured[key] for key in ("settings", "engines", "ratios", "warnings")},
         "samples": compared["samples"],
         "recipe": dump(recipe),
         "machine": to_json(Machine.probe()),
@@ -84,9 +85,11 @@ def benchmark_facts(report: BenchmarkReport, engines: Mapping[str, Artifact]) ->
     measured = [
         {
             "label": found.label,
+            "images_per_query": found.images_per_query,
+            "offline_batch": found.offline_batch,
             "latency_ns": [list(process) for process in found.latency_ns],
             "median_ns": found.median_ns,
-            "interval_ns": list(report.median_interval_ns(found.label)),
+            "interval_ns": list(report.median_interval_ns(found.label, report.settings["seed"])),
             "p90_ns": found.p90_ns,
             "offline_per_second": list(found.offline_per_second),
             "load_ns": list(found.load_ns),
@@ -98,11 +101,19 @@ def benchmark_facts(report: BenchmarkReport, engines: Mapping[str, Artifact]) ->
     for label, engine in engines.items():
         baseline = label.replace(Precision.INT8.value, Precision.FP32.value)
         if engine.precision is Precision.INT8 and baseline in engines:
-            ratio, interval = report.ratio(label, baseline)
+            ratio, interval = report.ratio(label, baseline, report.settings["seed"])
             ratios.append({"label": f"{label} / {baseline}", "ratio": ratio, "interval": list(interval)})
     summary = "; ".join(f"{found['label']} {float(str(found['median_ns'])) / 1e6:.3f} ms" for found in measured)
-    settings = {**report.settings, "order": list(report.order), "threads": _threads(engines)}
-    return {"summary": summary, "settings": settings, "engines": measured, "ratios": ratios}
+    (images,) = {found.images_per_query for found in report.engines}
+    (batch,) = {found.offline_batch for found in report.engines}
+    settings = {
+        **report.settings,
+        "images_per_query": images,
+        "offline_batch": batch,
+        "order": list(report.order),
+        "threads": _threads(engines),
+    }
+    return {"summary": summary, "settings": settings, "engines": measured, "ratios": ratios, "warnings": report.doubts()}
 
 
 def _verdict(verdicts: Sequence[str]) -> str | None:
@@ -125,7 +136,8 @@ def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: 
                 lines.append(f"{case['label']}: accuracy {mine:.2f} % (FP32 {theirs:.2f} %)")
     for ratio in (measured or {}).get("ratios", []):
         low, high = ratio["interval"]
-        lines.append(f"latency {ratio['ratio']:.2f} times FP32 (95 % {low:.2f} to {high:.2f})")
+        slower = ": INT8 is slower here" if low > 1 else ""
+        lines.append(f"latency {ratio['ratio']:.3g} times FP32 (95 % {low:.3g} to {high:.3g}){slower}")
     return lines
 
 
@@ -133,7 +145,12 @@ def _on_the_device(engine: Engine) -> str:
     """The command that builds the engine where it will run; precision is in the graph, so there is no flag for it."""
     made = engine.model
     shape = made.inputs[0].shape
-    words = ["trtexec", f"--onnx={made.folder.name}/{made.path.name}", "--stronglyTyped", "--saveEngine=engine.plan"]
+    words = [
+        "trtexec",
+        f"--onnx={made.folder.name}/{made.path.name}",
+        "--stronglyTyped",
+        f"--saveEngine={engine.label.replace(' ', '-')}.plan",
+    ]
     if isinstance(shape[0], str):
         for option, batch in (("minShapes", 1), ("optShapes", 1), ("maxShapes", 8)):
             words.append(f"--{option}={made.inputs[0].name}:{'x'.join(map(str, (batch, *shape[1:])))}")
@@ -145,7 +162,9 @@ def _export(found: Artifact) -> dict[str, Any]:
         "format": found.format.value,
         "path": f"{found.folder.name}/{found.path.name}",
         "bytes": found.path.stat().st_size,
-        "relative_error": found.facts["relative_error"],
+        "precision": found.precision.value,
+        # What was compared with PyTorch is the float export; what was made of it is judged by parity.
+        "relative_error": found.facts["relative_error"] if found.stage == "export" else None,
         "opset": found.facts.get("opset") if found.format is Format.ONNX else None,
     }
 

@@ -23,6 +23,7 @@ def latency(result: Result) -> Child:
         return [absent("No engine was timed", reason_of(result, "benchmark", "build")), _not_built(result)]
     return [
         element("p", _settings(benchmark.get("settings") or {}), class_="lead"),
+        [element("p", element("strong", "Warning: "), warning) for warning in benchmark.get("warnings") or ()],
         _latency_strips(result, engines),
         _ratios(result, benchmark.get("ratios") or ()),
         _throughput(result, engines),
@@ -39,7 +40,7 @@ def _settings(settings: Result) -> str:
         f"{units.plural(settings['processes'], 'fresh process', 'es')} for each engine{order}"
         if settings.get("processes")
         else "",
-        f"{settings['queries']:,} timed queries of one image in each" if settings.get("queries") else "",
+        f"{settings['queries']:,} timed queries of {_images(settings)} in each" if settings.get("queries") else "",
         f"{settings['warmup']:,} untimed ones before them" if settings.get("warmup") is not None else "",
         units.plural(settings["threads"], "thread") if settings.get("threads") else "",
         f"offline throughput in batches of {settings['offline_batch']:,}" if settings.get("offline_batch") else "",
@@ -70,13 +71,19 @@ def _latency_strips(result: Result, engines: Sequence[Result]) -> Markup:
         rows.append(chart_row(name, ("median ", element("strong", middle), interval, _beyond(engine, scale)), picture))
         thinned |= len(processes) > charts.ROWS_DRAWN or any(len(process) > charts.DOTS_DRAWN for process in processes)
     caption = (
-        element("strong", "Latency of one image"),
+        element("strong", f"Latency of {_images((result.get('benchmark') or {}).get('settings') or {})}"),
         "Each dot is one query and each row one fresh process, with its own median as a short tick. ",
         "The long line is the median of the engine, the shaded band its 95 % interval. Further left is faster.",
         " The axis does not start at zero." if scale.low > 0 else None,
         f" At most {charts.ROWS_DRAWN} processes and {charts.DOTS_DRAWN} dots of each are drawn." if thinned else None,
     )
     return figure(caption, rows, charts.axis(scale, lambda tick: f"{tick / factor:.4g} {unit}"))
+
+
+def _images(settings: Result) -> str:
+    """What one query is: one image, or the batch that is fixed in the engine."""
+    images = settings.get("images_per_query") or 1
+    return "one image" if images == 1 else f"a batch of {images} images"
 
 
 def _latency_scale(engines: Sequence[Result]) -> Scale:
@@ -162,11 +169,14 @@ def _benchmark_table(engines: Sequence[Result]) -> Markup:
 
 def _not_built(result: Result) -> Child:
     """Engines that could not be timed, each with its reason."""
-    return [
-        absent(f"{words_of(engine.get('label'), 'engine')} was not timed", words_of(engine.get("why"), "it was not built"))
-        for engine in result.get("engines") or ()
-        if not engine.get("built")
-    ]
+    found: list[Child] = []
+    for engine in result.get("engines") or ():
+        if not engine.get("built"):
+            name = words_of(engine.get("label"), "engine")
+            found.append(absent(f"{name} was not timed", words_of(engine.get("why"), "it was not built")))
+            if engine.get("next"):
+                found.append(element("p", "On the device, in the folder of this run: ", element("code", engine["next"])))
+    return found
 
 
 def _pooled(engine: Result) -> list[float]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deploykit.models import Entry
 
 _WIDTH = 110
+REFERENCE = " graph on the reference"
 _MARKS = {"pass": "pass", "fail": "FAIL", "cannot tell": "cannot tell"}
 
 
@@ -25,7 +26,8 @@ def run(result: Mapping[str, Any]) -> str:
     model = result["model"]
     parts.append(f"{model['name']}, {model['weights']}, {model['parameters']:,} parameters")
     parts += [f"note: {note}" for note in model["notes"]]
-    parts += [f"warning: {warning}" for warning in (result["calibration"] or {}).get("warnings", [])]
+    for stage in ("calibration", "benchmark"):
+        parts += [f"warning: {warning}" for warning in (result[stage] or {}).get("warnings", [])]
     skipped = (result["calibration"] or {}).get("skipped", [])
     if skipped:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
@@ -39,7 +41,11 @@ def run(result: Mapping[str, Any]) -> str:
     parts += [_gates(result["gates"])] * bool(result["gates"])
     if result["evaluated_on"]["labelled"]:
         images, drop = result["evaluated_on"]["images"], result["visible_drop_points"]
-        parts.append(f"{images} images cannot show an accuracy drop smaller than {drop:.2f} points")
+        parts.append(f"had not one of {images} images flipped, a drop of up to {drop:.2f} points would still be possible (95 %)")
+    for engine in result["engines"]:
+        parts.append(f"{engine['label']}: {result['out']}/{engine['path']}")
+    if not result["engines"]:
+        parts += [f"{export['format']}: {result['out']}/{export['path']}" for export in result["exports"]]
     parts.append(f"report: {result['report']}")
     return _render(parts)
 
@@ -80,11 +86,11 @@ def _stages(stages: Iterable[Mapping[str, Any]]) -> Table:
 
 def _comparison(result: Mapping[str, Any]) -> Table:
     """One line for each thing that was compared with PyTorch, with its latency where it was measured."""
-    table = _table("", "", "int8 layers", "top-1", "agreement", "max|d| / max|y|", "SQNR dB", "median ms", "MB")
+    table = _table("", "", "int8 layers", "top-1", "agreement", "max|d| / max|y|", "SQNR dB", _latency_of(result), "MB")
     latency = {item["label"]: item for item in (result["benchmark"] or {}).get("engines", [])}
     engines = {engine["label"]: engine for engine in result["engines"]}
     for case in result["parity"]:
-        engine, timed = engines.get(case["label"]), latency.get(case["label"])
+        engine, timed = engines.get(case["label"].removesuffix(REFERENCE)), latency.get(case["label"])
         realised = engine["realised"] if engine and engine["realised"] else None
         errors = case["quantization"]
         table.add_row(
@@ -98,6 +104,11 @@ def _comparison(result: Mapping[str, Any]) -> Table:
             f"{engine['bytes'] / 1e6:.2f}" if engine else "",
         )
     return table
+
+
+def _latency_of(result: Mapping[str, Any]) -> str:
+    images = (result["benchmark"] or {}).get("settings", {}).get("images_per_query", 1)
+    return "median ms" if images == 1 else f"median ms of {images}"
 
 
 def _decibels(errors: Mapping[str, Any]) -> str:
@@ -125,5 +136,6 @@ def _render(parts: Iterable[Table | str]) -> str:
     file = StringIO()
     console = Console(file=file, width=_WIDTH, color_system=None, markup=False, highlight=False)
     for part in parts:
-        console.print(part)
+        # Sentences are not wrapped: a command among them has to survive being copied.
+        console.print(part, soft_wrap=isinstance(part, str))
     return file.getvalue()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,11 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
 
-from deploykit.artifact import Artifact, Format, Precision, Tensors
+from deploykit.artifact import Artifact, Format, Precision, Samples, Tensors
 from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
-from deploykit.machine import Machine, available_cores
-from deploykit.runtimes import LayerPrecision, Realised, check_inputs
+from deploykit.machine import Machine, available_cores, cpu_features
+from deploykit.runtimes import LayerPrecision, Realised, answers, check_inputs, pieces
 from deploykit.runtimes.onnx_nodes import Node, read_nodes
 
 ENGINE = "engine.onnx"
@@ -111,14 +112,14 @@ def load(engine: Artifact) -> OnnxSession:
     The optimized graph may hold layouts and fused kernels of the CPU it was made on, so another CPU or another
     version is refused (UsageError).
     """
-    here = Machine.probe()
+    arch, features = platform.machine(), cpu_features()
     there = engine.machine
     version = engine.tools.get("onnxruntime")
-    if there is not None and ((there.arch, there.features) != (here.arch, here.features) or version != onnxruntime.__version__):
+    if there is not None and ((there.arch, there.features) != (arch, features) or version != onnxruntime.__version__):
         raise UsageError(
             f"cannot load {printable(engine.path)} on this machine",
             why=f"it was built on {there.cpu} ({', '.join(there.features)}) with ONNX Runtime {version}; "
-            f"here: {here.cpu} ({', '.join(here.features)}) with {onnxruntime.__version__}",
+            f"here: {arch} ({', '.join(features)}) with {onnxruntime.__version__}",
             fix="build it here from the portable ONNX file",
         )
     options = _options(int(cast(int, engine.settings["intra_op_num_threads"])))
@@ -141,6 +142,17 @@ def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, 
     return OnnxSession(_open(content, options, model if isinstance(model, Path) else Path("model.onnx")))
 
 
+def literally(model: Artifact, path: Path, samples: Samples) -> Samples:
+    """The golden samples with `expected` as the graph at `path` answers them when it is executed literally.
+
+    `model` says what the graph's input and output are.
+    """
+    session = reference(path)
+    answered = answers(session, model, pieces(model, samples))
+    session.close()
+    return replace(samples, expected={model.outputs[0].name: answered})
+
+
 def realised(engine: Artifact, model: Artifact) -> Realised:
     """Which kernel each Conv, Gemm and constant MatMul of `model` became, read from the optimized graph.
 
@@ -148,9 +160,17 @@ def realised(engine: Artifact, model: Artifact) -> Realised:
     """
     before, after = read_nodes(model.path), read_nodes(engine.path)
     return Realised(
-        layers=tuple(_trace(node, before, after, model) for node in before if node.op in _LAYERS),
+        layers=tuple(_trace(node, before, after, model) for node in before if _is_layer(node, model)),
         kernels=_census(after),
     )
+
+
+def _is_layer(node: Node, model: Artifact) -> bool:
+    """In an INT8 graph what its quantization calls a layer; in a float graph whatever may be one."""
+    if model.precision is not Precision.INT8:
+        return node.op in _LAYERS
+    facts = cast(Mapping[str, Sequence[str]], model.facts)
+    return node.name in facts["int8_layers"] or node.name in facts["float_layers"]
 
 
 def _census(nodes: Sequence[Node]) -> dict[str, dict[str, int]]:
