@@ -329,7 +329,7 @@ class TestOutputFolders:
         message = refused("export", network, "--to", "onnx", "--batch", "2", "--output", "out")
 
         assert "the output folder out belongs to another recipe" in message
-        assert """'batch = "dynamic"' there, 'batch = 2' here""" in message
+        assert """export.batch: 'dynamic' there, 2 here""" in message
         assert "deploykit clean --all out" in message
 
     def test_a_read_only_folder_is_named(self, refused, network, mounted):

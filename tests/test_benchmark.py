@@ -108,7 +108,7 @@ class TestOffline:
 
 
 def measured(label: str, *processes: list[int]) -> Measured:
-    return Measured(label, tuple(map(tuple, processes)), (1.0,) * len(processes), (1,) * len(processes))
+    return Measured(label, 1, 8, tuple(map(tuple, processes)), (1.0,) * len(processes), (1,) * len(processes))
 
 
 class TestNumbers:
@@ -186,7 +186,13 @@ class TestProcesses:
 
         def answer(request):
             requests.append(request["engine"])
-            return {"latency_ns": [len(requests)], "offline_per_second": 1.0, "load_ns": 1}
+            return {
+                "latency_ns": [len(requests)],
+                "offline_per_second": 1.0,
+                "load_ns": 1,
+                "images_per_query": 1,
+                "offline_batch": 8,
+            }
 
         monkeypatch.setattr(benchmark, "_in_fresh_process", answer)
         return requests

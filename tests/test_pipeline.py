@@ -330,12 +330,12 @@ class TestExport:
 
     def test_a_checkpoint_is_judged_on_labelled_photographs(self, trained, tmp_path, deploykit):
         pictures = data.digits(0).test
-        for index in range(40):
-            folder = tmp_path / "digits" / pictures.classes[index % 10]
+        for index in range(80):
+            folder = tmp_path / ("digits" if index < 40 else "others") / pictures.classes[index % 10]
             folder.mkdir(parents=True, exist_ok=True)
             of_class = np.flatnonzero(pictures.labels == index % 10)
             Image.fromarray(pictures.sources[of_class[index // 10]]).save(folder / f"{index}.png")
-        words = ["--weights", trained, "--to", "onnxruntime", "--int8", "--calibrate", tmp_path / "digits", *QUICK]
+        words = ["--weights", trained, "--to", "onnxruntime", "--int8", "--calibrate", tmp_path / "others", *QUICK]
 
         outcome = deploykit(
             "export", "lenet5", *words, "--validate", tmp_path / "digits", "--gate", "100", "--output", tmp_path / "out", "--json"

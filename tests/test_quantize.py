@@ -374,11 +374,11 @@ class TestEveryRuntimesFile:
         assert not np.array_equal(samples.expected["logits"], source.expected["logits"])
         assert np.array_equal(samples.labels, source.labels)
 
-    def test_products_without_constant_weights_stay_float_with_the_reason(self, for_runtime, runtime):
+    def test_products_of_two_activations_are_no_layers(self, for_runtime, runtime):
         facts = for_runtime("attention", runtime).facts
 
         assert facts["int8_layers"] == ["stem.0/Conv", "qkv/MatMul", "head/Gemm"]
-        assert set(facts["float_layers"].values()) == {"its weights are computed in the graph, not constant"}
+        assert facts["float_layers"] == {}
 
     def test_a_transposed_convolution_stays_as_it_was(self, for_runtime, runtime):
         nodes = {node.output[0]: node for node in nodes_of(for_runtime("upsampling", runtime))}
@@ -401,7 +401,7 @@ class TestEveryRuntimesFile:
 
         scales, wide = constants(narrow), constants(for_runtime("lenet5", runtime))
         assert scales["image/scale"] < wide["image/scale"]
-        assert narrow.settings == {"method": "percentile", "percentile": 95.0}
+        assert narrow.settings == {"method": "percentile", "percentile": 95.0, "float_layers": []}
 
     def test_a_max_pool_hands_on_the_scale_it_was_given(self, for_runtime, runtime):
         artifact = for_runtime("branches", runtime)
@@ -565,7 +565,6 @@ class TestUnusualGraphs:
             ("Gemm<alpha = 0.5>(flat, m, b)", "no alpha, beta or transposed input"),
             ("Gemm(flat, m, twice)", "its bias is computed in the graph"),
             ("Gemm(flat, m, row)", "its bias is not one number for each output channel"),
-            ("MatMul(flat, computed)", "its weights are computed in the graph"),
         ],
     )
     @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])

@@ -158,17 +158,10 @@ class TestWritingDown:
         again = parse(tomllib.loads(dump(asked)), base=Path("/elsewhere"), source="the dump")
 
         assert again == asked
-        assert again.digest == asked.digest
         assert dump(again) == dump(asked)
 
     def test_a_dump_says_the_defaults_too_so_that_it_can_be_reviewed(self):
         assert "calibration_images = 64" in dump(parsed())
-
-    def test_two_recipes_have_one_digest_exactly_when_they_ask_for_the_same(self):
-        digests = {parsed().digest, parsed(export={}).digest, parsed(export={"samples": 16}).digest}
-
-        assert len(digests) == 1
-        assert parsed(export={"samples": 17}).digest not in digests
 
 
 class TestProblems:
@@ -207,7 +200,7 @@ class TestProblems:
         }
 
     def test_a_key_that_resembles_none_is_answered_with_all_there_are(self):
-        assert problems(quantize={"zzz": 1}) == ("[quantize]: unknown key 'zzz'; known are method, percentile",)
+        assert problems(quantize={"zzz": 1}) == ("[quantize]: unknown key 'zzz'; known are method, float_layers, percentile",)
 
     def test_a_missing_table_is_asked_for(self):
         with pytest.raises(RecipeError, match=r"the recipe: 'model' is missing \(a table\)"):
@@ -325,7 +318,7 @@ class TestContradictions:
 
         assert [text.partition(":")[0].partition(",")[0] for text in found] == [
             "gate 'drop <= 0.5 points' compares INT8 with FP32",
-            "gate 'drop <= 0.5 points' needs labelled images",
+            "gate 'drop <= 0.5 points' needs labelled images that were not calibrated on",
             "gate 'drop <= 0.5 points' judges decisions",
             "gate",
             "build.runtimes = ['tensorrt'",

@@ -122,7 +122,7 @@ class TestEngines:
         with pytest.raises(UsageError) as refused:
             onnxruntime.load(foreign)
         assert "built on Cortex-A78AE (asimddp)" in refused.value.why
-        assert f"here: {engine.machine.cpu}" in refused.value.why
+        assert f"here: {engine.machine.arch} ({', '.join(engine.machine.features)})" in refused.value.why
         assert "build it here" in refused.value.fix
 
     def test_an_engine_is_refused_by_another_version_of_onnx_runtime(self, engine):

@@ -158,7 +158,7 @@ def _running(folder: Path) -> Iterator[None]:
 
 
 def source_files(name: str) -> list[Path]:
-    """The files that the network `name` is made from: what its code has imported from its own folder or the current one.
+    """The files that the network `name` is made from: what its code has imported from its own folder.
 
     Installed packages do not count, wherever they are. The network has to be loaded before.
     """
@@ -166,9 +166,17 @@ def source_files(name: str) -> list[Path]:
     module = sys.modules.get(_module_name(Path(where)) if where.endswith(".py") else where)
     if module is None or module.__file__ is None:
         return []
-    own = {Path(module.__file__).absolute().parent, Path.cwd()}
+    own = {_root(Path(module.__file__).absolute(), where)}
     loaded = {Path(found).absolute() for each in list(sys.modules.values()) if (found := getattr(each, "__file__", None))}
     return sorted(path for path in loaded if path.is_file() and own & set(path.parents) and not _is_installed(path))
+
+
+def _root(file: Path, where: str) -> Path:
+    """The folder of FILE.py; for package.module the one that holds the package."""
+    if where.endswith(".py"):
+        return file.parent
+    inside = file.parent if file.name == "__init__.py" else file
+    return inside.parents[where.count(".")]
 
 
 def _is_installed(path: Path) -> bool:
