@@ -17,8 +17,9 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/startup.py --output benchmarks/results
 	$(BIN)/python benchmarks/int8_latency.py --output benchmarks/results
+	$(BIN)/python benchmarks/kill_sweep.py --output benchmarks/results
 
 # Written last, so an interrupted set-up is made again.
 $(VENV)/.ready: pyproject.toml

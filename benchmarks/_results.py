@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def write(name: str, content: Mapping[str, Any], output: Path | None) -> None:
     if output is None:
         return
     machine = Machine.probe()
+    # What follows the kernel's version is the name of somebody's build.
+    machine = replace(machine, system=machine.system.partition("-")[0])
     features = "vnni" if machine.has_int8_dot_product else "no-vnni"
     folder = output / re.sub(r"[^a-z0-9]+", "-", f"{machine.cpu} {machine.cores} cores {features}".lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
