@@ -94,9 +94,7 @@ class Sources:
 
             model = self.untrained  # fine-tuning changes its weights, not its classes
             synsets = imagenet_synsets() if model.num_classes == len(imagenet_synsets()) else ()
-            found = data.folder(
-                Path(table.validate), classes=model.classes, synsets=synsets, labelled=True, skip_bad=table.skip_bad_images
-            )
+            found = data.folder(Path(table.validate), classes=model.classes, synsets=synsets, labelled=True, skip_bad=True)
             if len(found.classes) != model.num_classes:
                 raise DataError(
                     f"cannot tell the classes of the images in {found.origin}",
@@ -166,13 +164,16 @@ class Sources:
         if self._splits is not None:
             found = self._splits.calibration
         elif table.calibrate is not None:
-            found = data.folder(Path(table.calibrate), labelled=False, skip_bad=table.skip_bad_images)
+            found = data.folder(Path(table.calibrate), labelled=False, skip_bad=True)
         else:
             return None
         return data.calibration_subset(found, table.calibration_images, table.seed)
 
     def _checked(self, images: Images, purpose: str) -> Images:
-        """The pictures that can be used, each decoded once; the others are refused, or counted if the user allowed it."""
+        """The pictures that can be used, each decoded once; the others are refused, or counted if the user allowed it.
+
+        Folders are listed with bad headers left out, so that those and what does not decode are refused together.
+        """
         skip_bad = self.recipe.data.skip_bad_images
         return images.checked(self.untrained.preprocess, skip_bad=skip_bad, progress=self._announced(purpose))
 
@@ -189,7 +190,7 @@ class Sources:
         """Nine tenths to train on and one tenth to select on, each class in the same proportion."""
         table = self.recipe.data
         assert table.train is not None
-        found = data.folder(Path(table.train), labelled=True, skip_bad=table.skip_bad_images)
+        found = data.folder(Path(table.train), labelled=True, skip_bad=True)
         # The network is not known yet, only the names of its classes; any preparation finds what cannot be decoded.
         found = found.checked(_ANY_PREPROCESS, skip_bad=table.skip_bad_images, progress=self._announced("training"))
         assert found.labels is not None

@@ -171,3 +171,17 @@ class TestAFolder:
         pipeline.clean(tmp_path / "out")
 
         assert (tmp_path / "out" / "backup.partial").read_text() == "mine"
+
+
+def test_bad_headers_and_bad_pixels_are_told_in_one_round(tmp_path, deploykit):
+    photos = pictures(tmp_path / "photos")
+    (photos / "empty.png").write_bytes(b"")
+    whole = (photos / "0.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    words = ["export", "lenet5", "--weights", "none", "--to", "onnxruntime", "--int8", "--calibrate", photos]
+
+    outcome = deploykit(*words, "--output", tmp_path / "out")
+
+    assert outcome.code == 2
+    assert "2 of 6 images" in outcome.err
+    assert {"empty.png", "cut.png"} <= {word.strip(":") for word in outcome.err.split()}

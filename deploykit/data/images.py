@@ -91,7 +91,8 @@ class Images:
         Do this before long work: `folder` reads headers only, and a file cut short by a full disk has a good
         header. `progress` is called with (pictures done, pictures in all).
 
-        Raises one DataError that counts all bad pictures and names the first ten, each with its reason; with
+        Raises one DataError that counts all bad pictures and names the first ten, each with its reason, those that are in
+        `skipped` already (`folder(skip_bad=True)` saw their headers) among them; with
         `skip_bad` only when none is left, and otherwise lists them in `skipped`.
         """
         good: list[int] = []
@@ -105,8 +106,9 @@ class Images:
                     good.append(index)
             if progress is not None:
                 progress(len(good) + len(bad), len(self))
-        refuse_bad_images(bad, len(self), self.origin, skip_bad=skip_bad)
-        return replace(self.take(good), skipped=(*self.skipped, *bad))
+        bad = [*self.skipped, *bad]
+        refuse_bad_images(bad, len(good) + len(bad), self.origin, skip_bad=skip_bad)
+        return replace(self.take(good), skipped=tuple(bad))
 
     def thumbnail(self, index: int, side: int = 96) -> bytes:
         """A PNG whose longer side has `side` pixels; small pictures are enlarged with sharp pixels, not blurred."""
