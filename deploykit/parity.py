@@ -98,12 +98,11 @@ def conversion(actual: Tensors, samples: Samples, precision: Precision) -> Conve
     images = len(wanted)
     if precision is not Precision.INT8:
         limit = FLOAT_LIMIT[precision]
-        passed = math.isfinite(errors.max_abs) and errors.relative <= limit
+        passed = errors.relative <= limit  # infinite when a value is not a number
         return Conversion(errors, images, f"max|d| / max|y| <= {limit:g}", Verdict.PASS if passed else Verdict.FAIL)
     # Where quantization left nothing of the network, its noise is no yardstick; the engine must still follow the graph.
     floor = max(tensor_errors(wanted, samples.reference[name]).sqnr_db, LEAST_SQNR_DB)
-    close = errors.sqnr_db >= floor or errors.relative <= FLOAT_LIMIT[Precision.FP32]
-    passed = math.isfinite(errors.max_abs) and close
+    passed = errors.sqnr_db >= floor or errors.relative <= FLOAT_LIMIT[Precision.FP32]
     return Conversion(
         errors, images, f"SQNR >= {floor:.1f} dB, that of the quantization", Verdict.PASS if passed else Verdict.FAIL
     )

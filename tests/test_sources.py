@@ -97,7 +97,9 @@ class TestAUsersOwnCode:
     def run(self, folder: Path, photos: Path, name: str = "net.py:build") -> dict[str, str]:
         words = ["export", name, "--to", "onnxruntime", "--calibrate", str(photos), "--set", "benchmark.enabled=false"]
         command = [sys.executable, "-m", "deploykit", *words, "--output", "out", "--json"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)})
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return {stage["name"]: stage["status"] for stage in json.loads(done.stdout)["stages"]}
 
