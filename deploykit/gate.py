@@ -3,25 +3,36 @@
     disagreements <= 2          images on which the engine and FP32 PyTorch choose another class
     agreement >= 99 %           the share of images on which they choose the same class
     drop <= 0.5 points          top-1 accuracy lost, in percentage points, on labelled images
+    latency <= 5 ms             median compute latency of one query
+    slowdown <= 5 %             how much longer that takes than the baseline's: the FP32 engine's, or another run's
 
-A count is decided exactly. A share or a drop is an estimate from a sample of images, so it is judged by its 95 %
-interval: wholly inside the limit passes, wholly outside fails, anything else cannot be told from so few images.
+A count is decided exactly. Everything else is an estimate from a sample of images or processes, so it is judged by its
+95 % interval: wholly inside the limit passes, wholly outside fails, anything else cannot be told from so few.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
-from math import ceil, sqrt
+from math import ceil, isfinite, sqrt
 
 _RULE = re.compile(
-    r"\s*(?P<metric>\w+)\s*(?P<operator><=|>=)\s*(?P<limit>\d{1,9}(?:\.\d{1,9})?)\s*(?P<unit>%|points)?\s*", re.ASCII
+    r"\s*(?P<metric>\w+)\s*(?P<operator><=|>=)\s*(?P<limit>\d{1,9}(?:\.\d{1,9})?)\s*(?P<unit>%|points|ms)?\s*", re.ASCII
 )
-_METRICS = {"disagreements": ("<=", None), "agreement": (">=", "%"), "drop": ("<=", "points")}
+_METRICS = {
+    "disagreements": ("<=", None),
+    "agreement": (">=", "%"),
+    "drop": ("<=", "points"),
+    "latency": ("<=", "ms"),
+    "slowdown": ("<=", "%"),
+}
+_OF_TIME = ("latency", "slowdown")
+_AT_MOST_100 = ("agreement", "drop")
 _MANY_IMAGES = 10**9
+_MANY_PROCESSES = 10_000
 _Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 
@@ -33,12 +44,20 @@ class Verdict(str, Enum):
     CANNOT_TELL = "cannot tell"
 
 
+EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 3, Verdict.CANNOT_TELL: 5, None: 0}
+
+
 @dataclass(frozen=True)
 class Rule:
     """One parsed gate rule."""
 
     metric: str
     limit: float
+
+    @property
+    def is_of_time(self) -> bool:
+        """Whether a benchmark judges it, and not a comparison of answers."""
+        return self.metric in _OF_TIME
 
     def __str__(self) -> str:
         operator, unit = _METRICS[self.metric]
@@ -61,14 +80,33 @@ class PairedCounts:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What a benchmark says about a rule's metric, in the rule's unit, with its 95 % interval over fresh processes.
+
+    `doubts` are the reasons why the run is not valid.
+    """
+
+    observed: float
+    interval: tuple[float, float]
+    processes: int
+    doubts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class GateResult:
-    """A rule, what was observed, its 95 % interval (None for an exact count), and the verdict with its reason."""
+    """A rule, what was observed (None: nothing), its 95 % interval (None for an exact count), the verdict, its reason."""
 
     rule: str
     verdict: Verdict
-    observed: float
+    observed: float | None
     interval: tuple[float, float] | None
     reason: str
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The verdict on all: a failure outweighs what cannot be told. None when nothing was judged."""
+    found = set(verdicts)
+    return next((verdict for verdict in (Verdict.FAIL, Verdict.CANNOT_TELL, Verdict.PASS) if verdict in found), None)
 
 
 def parse_rule(text: str) -> Rule:
@@ -82,7 +120,7 @@ def parse_rule(text: str) -> Rule:
     if (operator, unit) != _METRICS[metric]:
         wanted = Rule(metric, float(match["limit"]))
         raise ValueError(f"{text!r}: write {str(wanted)!r}")
-    if metric != "disagreements" and float(match["limit"]) > 100:
+    if metric in _AT_MOST_100 and float(match["limit"]) > 100:
         raise ValueError(f"{text!r}: no {metric} is above 100 {unit}")
     if metric == "disagreements" and not float(match["limit"]).is_integer():
         raise ValueError(f"{text!r}: images are counted in whole numbers")
@@ -109,6 +147,20 @@ def judge(rule: Rule, counts: PairedCounts) -> GateResult:
     elif verdict is Verdict.CANNOT_TELL:
         reason += _how_many_would_decide(rule, counts)
     return GateResult(str(rule), verdict, observed, interval, reason)
+
+
+def judge_time(rule: Rule, found: Timing) -> GateResult:
+    """Judge a rule of time. A run that is not valid, whatever its numbers say, cannot tell."""
+    (low, high), unit = found.interval, _METRICS[rule.metric][1]
+    reason = f"observed {found.observed:.4g} {unit}, 95 % interval {low:.4g} to {high:.4g} over {found.processes} processes"
+    verdict = _verdict(rule, found.interval)
+    if found.doubts:
+        verdict, reason = Verdict.CANNOT_TELL, f"{reason}; the run is invalid: {'; '.join(found.doubts)}"
+    elif verdict is Verdict.CANNOT_TELL:
+        needed = _processes_to_decide(rule.limit, found)
+        more = "no practical number of processes" if needed is None else f"about {needed} processes for each engine"
+        reason += f"; {more} would decide it"
+    return GateResult(str(rule), verdict, found.observed, found.interval, reason)
 
 
 def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
@@ -182,6 +234,17 @@ def _how_many_would_decide(rule: Rule, counts: PairedCounts) -> str:
         middle = (few + enough) / 2
         few, enough = (middle, enough) if undecided(middle) else (few, middle)
     return f"; about {ceil(enough)} images would decide it"
+
+
+def _processes_to_decide(limit: float, found: Timing) -> int | None:
+    """How many processes shrink the interval until it ends short of `limit`: its width falls with their square root."""
+    low, high = found.interval
+    distance = abs(found.observed - limit)
+    reach = high - found.observed if limit > found.observed else found.observed - low
+    if distance == 0 or not isfinite(reach):
+        return None
+    needed = ceil(found.processes * (reach / distance) ** 2) + 1
+    return needed if needed <= _MANY_PROCESSES else None
 
 
 def _bisect(score: Callable[[float], float], target: float, low: float, high: float) -> float:

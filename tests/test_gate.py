@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from math import inf, log, sqrt
+from math import inf, log, nan, sqrt
 
 import hypothesis
 import pytest
@@ -11,14 +11,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from deploykit.gate import (
+    EXIT_CODES,
     PairedCounts,
     Rule,
+    Timing,
     Verdict,
     judge,
+    judge_time,
     paired_difference_interval,
     parse_rule,
     smallest_visible_drop,
     wilson_interval,
+    worst,
 )
 
 Z95 = 1.959963984540054
@@ -26,6 +30,7 @@ PASS, FAIL, CANNOT_TELL = Verdict.PASS, Verdict.FAIL, Verdict.CANNOT_TELL
 RULES = st.one_of(
     st.builds(Rule, st.just("disagreements"), st.integers(0, 999_999_999).map(float)),
     st.builds(Rule, st.sampled_from(["agreement", "drop"]), st.decimals(0, 100, places=9).map(float)),
+    st.builds(Rule, st.sampled_from(["latency", "slowdown"]), st.decimals(0, 999_999, places=9).map(float)),
 )
 TABLES = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 400)).filter(any)
 
@@ -48,6 +53,8 @@ class TestRules:
             "agreement >= 100 %",
             "drop <= 0.000000001 points",
             "drop <= 0.5 points",
+            "latency <= 5 ms",
+            "slowdown <= 250 %",
         ],
     )
     def test_a_rule_is_repeated_with_every_digit_and_without_an_exponent(self, text):
@@ -68,12 +75,16 @@ class TestRules:
             ("drop < 1 points", "is not a gate rule"),
             ("drop <= 0.5 points and agreement >= 99 %", "is not a gate rule"),
             ("disagreements <= " + "9" * 400, "is not a gate rule"),
-            ("loss <= 0.5 points", "unknown metric 'loss'; known are disagreements, agreement, drop"),
+            ("loss <= 0.5 points", "unknown metric 'loss'; known are disagreements, agreement, drop, latency, slowdown"),
             ("drop <= 0.5", "write 'drop <= 0.5 points'"),
             ("drop <= 0.5 %", "write 'drop <= 0.5 points'"),
             ("drop >= 0.5 points", "write 'drop <= 0.5 points'"),
             ("agreement <= 99 %", "write 'agreement >= 99 %'"),
             ("disagreements <= 2 points", "write 'disagreements <= 2'"),
+            ("latency <= 5", "write 'latency <= 5 ms'"),
+            ("latency <= 5 s", "is not a gate rule"),
+            ("slowdown <= 5 points", "write 'slowdown <= 5 %'"),
+            ("slowdown <= -5 %", "is not a gate rule"),
             ("disagreements <= 2.5", "images are counted in whole numbers"),
             ("agreement >= 100.1 %", "no agreement is above 100 %"),
             ("drop <= 500 points", "no drop is above 100 points"),
@@ -297,3 +308,84 @@ class TestHowManyImagesWouldDecide:
         found = judge(parse_rule("drop <= 0.333333333 points"), PairedCounts(300, 1, 1, 0))
 
         assert found.reason.endswith("; more than 1000000000 images would be needed to decide it")
+
+
+def timing(low: float, observed: float, high: float, processes: int = 10, doubts: tuple[str, ...] = ()) -> Timing:
+    return Timing(observed, (low, high), processes, doubts)
+
+
+class TestRulesOfTime:
+    @pytest.mark.parametrize(
+        ("rule", "of_time"),
+        [
+            ("latency <= 5 ms", True),
+            ("slowdown <= 5 %", True),
+            ("drop <= 1 points", False),
+            ("agreement >= 1 %", False),
+            ("disagreements <= 0", False),
+        ],
+    )
+    def test_are_those_that_a_benchmark_judges(self, rule, of_time):
+        assert parse_rule(rule).is_of_time is of_time
+
+    @pytest.mark.parametrize("rule", ["latency <= 5 ms", "slowdown <= 5 %"])
+    @pytest.mark.parametrize(
+        ("low", "high", "wanted"),
+        [(1, 4.9, PASS), (1, 5, PASS), (4.9, 5.1, CANNOT_TELL), (5, 6, CANNOT_TELL), (5.1, 6, FAIL)],
+    )
+    def test_are_judged_by_the_interval_over_processes(self, rule, low, high, wanted):
+        found = judge_time(parse_rule(rule), timing(low, (low + high) / 2, high))
+
+        assert (found.rule, found.verdict, found.interval) == (rule, wanted, (low, high))
+
+    def test_an_engine_that_became_faster_passes(self):
+        assert judge_time(parse_rule("slowdown <= 0 %"), timing(-12, -10, -8)).verdict is PASS
+
+    @pytest.mark.parametrize(("low", "high"), [(1, 2), (4, 6), (8, 9)])
+    def test_in_an_invalid_run_nothing_can_be_told_and_the_reasons_are_given(self, low, high):
+        found = judge_time(parse_rule("latency <= 5 ms"), timing(low, (low + high) / 2, high, doubts=("noise", "heat")))
+
+        assert found.verdict is CANNOT_TELL
+        assert found.reason.endswith("over 10 processes; the run is invalid: noise; heat")
+
+    def test_the_reason_has_the_numbers_in_the_unit_of_the_rule(self):
+        reason = judge_time(parse_rule("latency <= 5 ms"), timing(1.25, 1.5, 1.75)).reason
+
+        assert reason == "observed 1.5 ms, 95 % interval 1.25 to 1.75 over 10 processes"
+
+    @pytest.mark.parametrize(("low", "observed", "high"), [(3, 4, 6), (4.5, 5.5, 6.5), (4.9, 4.95, 5.4)])
+    def test_so_many_processes_would_decide_it(self, low, observed, high):
+        rule = parse_rule("latency <= 5 ms")
+
+        needed = int(judge_time(rule, timing(low, observed, high)).reason.split("about ")[1].split()[0])
+
+        def with_processes(count: int) -> Verdict:
+            shrink = sqrt(10 / count)
+            return judge_time(
+                rule, timing(observed - shrink * (observed - low), observed, observed + shrink * (high - observed))
+            ).verdict
+
+        assert with_processes(needed) is not CANNOT_TELL
+        assert with_processes(int(0.9 * needed)) is CANNOT_TELL
+
+    @pytest.mark.parametrize(("low", "observed", "high"), [(4, 5, 6), (4, 4.999999, 6), (-100, 0, inf), (nan, nan, nan)])
+    def test_at_a_hair_from_the_limit_or_without_an_interval_no_number_is_promised(self, low, observed, high):
+        found = judge_time(parse_rule("slowdown <= 5 %"), timing(low, observed, high))
+
+        assert found.verdict is CANNOT_TELL
+        assert found.reason.endswith("; no practical number of processes would decide it")
+
+
+class TestTheWorstVerdict:
+    @pytest.mark.parametrize(
+        ("verdicts", "wanted", "code"),
+        [
+            ([], None, 0),
+            ([PASS, PASS], PASS, 0),
+            ([PASS, CANNOT_TELL], CANNOT_TELL, 5),
+            ([CANNOT_TELL, FAIL, PASS], FAIL, 3),
+        ],
+    )
+    def test_is_that_of_the_whole_and_gives_the_exit_code(self, verdicts, wanted, code):
+        assert worst(iter(verdicts)) is wanted
+        assert EXIT_CODES[wanted] == code

@@ -1,0 +1,106 @@
+"""Rules of time, judged on what was measured, in this run or against an earlier one.
+
+This module runs on devices: standard library and numpy only, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deploykit import publish
+from deploykit.benchmark.report import BenchmarkReport, Measured
+from deploykit.benchmark.statistics import Difference, difference
+from deploykit.errors import UsageError, printable
+from deploykit.gate import GateResult, Rule, Timing, judge_time
+from deploykit.jsonable import to_json
+from deploykit.machine import Machine
+
+_SCHEMA = "deploykit benchmark 1"
+_SIZE_LIMIT_BYTES = 1 << 30
+
+
+def judge(rule: Rule, report: BenchmarkReport, label: str, baseline: str | None = None) -> GateResult:
+    """Judge a rule of time on the engine `label`; a slowdown is over `baseline`, by default the report's own."""
+    if rule.metric == "slowdown":
+        return judge_slowdown(rule, report.difference(label, baseline), report.doubts)
+    low, high = (bound / 1e6 for bound in report.median_interval_ns(label))
+    measured = report.engine(label)
+    return judge_time(rule, Timing(measured.median_ns / 1e6, (low, high), len(measured.processes), report.doubts))
+
+
+def judge_slowdown(rule: Rule, found: Difference, doubts: tuple[str, ...]) -> GateResult:
+    """Judge a slowdown, in percent, by its interval: never narrower than what the baseline shows against itself."""
+    low, high = (100 * (bound - 1) for bound in found.honest_interval)
+    return judge_time(rule, Timing(100 * (found.ratio - 1), (low, high), found.processes, doubts))
+
+
+def judge_since(rule: Rule, report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> GateResult:
+    """Judge a slowdown of `label` since an earlier run; when either run is not valid, nothing can be told."""
+    doubts = (*report.doubts, *(f"in the baseline, {doubt}" for doubt in earlier.doubts))
+    return judge_slowdown(rule, since(report, earlier, label), doubts)
+
+
+def since(report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> Difference:
+    """How `label` compares with itself in an earlier run, or with that run's only engine.
+
+    Nothing was shuffled between two runs, so the noise floor is the larger of both.
+
+    Raises UsageError when it is not clear what to compare with, or the earlier run was made on another machine.
+    """
+    check_same_machine(earlier, report.machine)
+    floor = max(report.noise_floor, earlier.noise_floor)
+    return difference(report.engine(label).medians_ns, counterpart(earlier, label).medians_ns, floor, report.seed)
+
+
+def counterpart(earlier: BenchmarkReport, label: str) -> Measured:
+    """What `label` is compared with in an earlier run. Raises UsageError when it holds several others."""
+    names = [engine.label for engine in earlier.engines]
+    if label not in names and len(names) > 1:
+        raise UsageError(f"the baseline does not hold {label!r}", why=f"it holds {', '.join(names)}")
+    return earlier.engine(label if label in names else names[0])
+
+
+def check_same_machine(earlier: BenchmarkReport, here: Machine) -> None:
+    """Raises UsageError, with what differs, when the earlier run was made on another machine."""
+    there = earlier.machine
+    if here.identity != there.identity:
+        raise UsageError(
+            "the baseline was measured on another machine",
+            problems=[
+                f"{name}: {getattr(there, name)} there, {getattr(here, name)} here"
+                for name in ("arch", "cpu", "features", "cores", "gpu")
+                if getattr(there, name) != getattr(here, name)
+            ],
+            fix="measure the baseline here first: deploykit benchmark ENGINE --output FILE",
+        )
+
+
+def save(report: BenchmarkReport, path: Path) -> None:
+    """Write the raw samples as JSON."""
+    publish.write_file(path, json.dumps({"schema": _SCHEMA, **_mapping(report)}).encode())
+
+
+def load(path: Path) -> BenchmarkReport:
+    """Read what `save` wrote. Raises UsageError for anything else."""
+    try:
+        if path.stat().st_size > _SIZE_LIMIT_BYTES:
+            raise UsageError(f"{printable(path)} is no benchmark", why=f"it is larger than {_SIZE_LIMIT_BYTES} bytes")
+        content = json.loads(path.read_bytes())
+        if content["schema"] != _SCHEMA:
+            raise UsageError(
+                f"{printable(path)} is of another version", why=f"its schema is {content['schema']!r}, not {_SCHEMA!r}"
+            )
+        return BenchmarkReport.from_json(content)
+    except OSError as error:
+        raise UsageError(f"cannot read the baseline {printable(path)}", why=(error.strerror or str(error)).lower()) from error
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        fix = "write one with: deploykit benchmark ENGINE --output FILE"
+        raise UsageError(f"{printable(path)} is no benchmark", why=why, fix=fix) from error
+
+
+def _mapping(report: BenchmarkReport) -> dict[str, object]:
+    value = to_json(report)
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,180 @@
+"""What a benchmark found: raw samples of every process, in the order in which they ran. The rest are properties of them.
+
+This module runs on devices: standard library and numpy only, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deploykit.benchmark import validity
+from deploykit.benchmark.conditions import Conditions
+from deploykit.benchmark.statistics import Difference, Interval, difference, median_interval, noise_floor, percentile_bound
+from deploykit.errors import UsageError
+from deploykit.machine import Machine
+
+
+@dataclass(frozen=True)
+class Process:
+    """One fresh process's raw samples. `again` marks the second measurement of the baseline, the A/A arm.
+
+    latency_ns is compute alone and end_to_end_ns holds the copies, one for each query of `images_per_query` images: one,
+    or the batch that is fixed in the engine. offline is (batch, images per second). first_ns is the first inference after
+    loading. harness_ns is what a query of nothing takes. idle_bytes is the process's peak memory before it loaded.
+    """
+
+    label: str
+    again: bool
+    images_per_query: int
+    latency_ns: tuple[int, ...]
+    end_to_end_ns: tuple[int, ...]
+    offline: tuple[tuple[int, float], ...]
+    load_ns: int
+    first_ns: int
+    harness_ns: float
+    idle_bytes: int
+    peak_bytes: int
+    conditions: Conditions
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Process:
+        """The inverse of `jsonable.to_json`. Raises KeyError, TypeError or ValueError for what is no such process."""
+        lists = {key: tuple(map(int, value[key])) for key in ("latency_ns", "end_to_end_ns")}
+        if not all(lists.values()) or min(map(min, lists.values())) < 1:
+            raise ValueError("a process has no latencies, or one of zero")
+        offline = tuple((int(batch), float(per_second)) for batch, per_second in value["offline"])
+        conditions = Conditions.from_json(value["conditions"])
+        return cls(**{**value, **lists, "offline": offline, "conditions": conditions})
+
+    @property
+    def median_ns(self) -> float:
+        """Median compute latency."""
+        return statistics.median(self.latency_ns)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All processes of one engine."""
+
+    label: str
+    processes: tuple[Process, ...]
+
+    @property
+    def medians_ns(self) -> list[float]:
+        """Median latency of each process."""
+        return [process.median_ns for process in self.processes]
+
+    @property
+    def median_ns(self) -> float:
+        """Median over processes of their median latency."""
+        return statistics.median(self.medians_ns)
+
+    @property
+    def end_to_end_ns(self) -> float:
+        """Median over processes of their median latency with the copies between host and device."""
+        return statistics.median(statistics.median(process.end_to_end_ns) for process in self.processes)
+
+    @property
+    def images_per_query(self) -> int:
+        """One, or the batch that is fixed in the engine."""
+        return self.processes[0].images_per_query
+
+    @property
+    def per_second(self) -> dict[int, list[float]]:
+        """Offline throughput of each process, by batch."""
+        found: dict[int, list[float]] = {}
+        for process in self.processes:
+            for batch, per_second in process.offline:
+                found.setdefault(batch, []).append(per_second)
+        return found
+
+    def percentile_ns(self, percentile: float) -> float | None:
+        """An upper bound of a percentile over the queries of all processes; None when they are too few to state one."""
+        return percentile_bound([query for process in self.processes for query in process.latency_ns], percentile)
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """Raw samples of all engines, in the order in which their processes ran, and what machine they ran on.
+
+    `baseline` is the engine that the others are compared with, the one that was measured twice. Of more processes than were
+    asked for, the undisturbed ones count, by what the kernel says about them and not by their times.
+    """
+
+    processes: tuple[Process, ...]
+    baseline: str
+    settings: Mapping[str, Any]
+    machine: Machine
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BenchmarkReport:
+        """The inverse of `jsonable.to_json`. Raises KeyError, TypeError or ValueError for what is not such a report."""
+        processes = tuple(Process.from_json(process) for process in value["processes"])
+        baseline, settings = str(value["baseline"]), dict(value["settings"])
+        if not {(baseline, False), (baseline, True)} <= {(process.label, process.again) for process in processes}:
+            raise ValueError(f"its baseline {baseline!r} was not measured twice")
+        if int(settings["processes"]) < 1 or int(settings["seed"]) < 0:
+            raise ValueError("its settings are out of range")
+        return cls(processes, baseline, settings, Machine.from_json(value["machine"]))
+
+    @property
+    def counted(self) -> tuple[Process, ...]:
+        """For each engine and arm as many processes as were asked for, disturbed ones only where there are too few others."""
+        arms: dict[tuple[str, bool], list[Process]] = {}
+        for process in self.processes:
+            arms.setdefault((process.label, process.again), []).append(process)
+        wanted = int(self.settings["processes"])
+        chosen = {
+            id(process)
+            for arm in arms.values()
+            for process in sorted(arm, key=lambda process: bool(validity.disturbances(process.conditions)))[:wanted]
+        }
+        return tuple(process for process in self.processes if id(process) in chosen)
+
+    @property
+    def engines(self) -> tuple[Measured, ...]:
+        """One for each engine, the baseline first."""
+        labels = dict.fromkeys([self.baseline, *(process.label for process in self.processes)])
+        return tuple(self.engine(label) for label in labels)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the run is not valid; empty when it is."""
+        return validity.doubts({engine.label: engine.processes for engine in self.engines}, self.counted)
+
+    @property
+    def verdict(self) -> str:
+        """`valid`, or `invalid: ` and every reason."""
+        return f"invalid: {'; '.join(self.doubts)}" if self.doubts else "valid"
+
+    @property
+    def seed(self) -> int:
+        """Of the order and of every bootstrap, so that the same samples give the same numbers."""
+        return int(self.settings["seed"])
+
+    def engine(self, label: str) -> Measured:
+        """The processes of one engine that count. Raises UsageError for one that was not measured."""
+        found = tuple(process for process in self.counted if process.label == label)
+        if not found:
+            known = ", ".join(dict.fromkeys(process.label for process in self.processes))
+            raise UsageError(f"{label!r} was not measured", why=f"these were: {known}")
+        return Measured(label, found)
+
+    def median_interval_ns(self, label: str) -> Interval:
+        """95 % bootstrap interval of the median latency, over processes."""
+        return median_interval(self.engine(label).medians_ns, self.seed)
+
+    @property
+    def noise_floor(self) -> float:
+        """What the baseline shows against itself, as ratio minus one: less than this is no difference."""
+        ran = self.engine(self.baseline).processes
+        first, again = ([p.median_ns for p in ran if p.again is arm] for arm in (False, True))
+        return noise_floor(first, again, self.seed)
+
+    def difference(self, label: str, baseline: str | None = None) -> Difference:
+        """Median latency of one engine over another's, by default the baseline's, with its interval and the noise floor."""
+        theirs = self.engine(self.baseline if baseline is None else baseline).medians_ns
+        return difference(self.engine(label).medians_ns, theirs, self.noise_floor, self.seed)

@@ -1,0 +1,112 @@
+"""Whether a benchmark run may be believed: what disturbed it, from the kernel's accounts and from the samples themselves.
+
+A process is disturbed when its own account says so, and is then measured again. A few disturbed ones that remain do no
+harm, because what is stated are medians over processes; when they are more than a fifth, or when all of them drift, the
+run proves nothing and says why.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deploykit.benchmark.conditions import Conditions
+from deploykit.benchmark.statistics import FEWEST_PROCESSES
+
+if TYPE_CHECKING:
+    from deploykit.benchmark.report import Process
+
+_DISTURBED_SHARE = 0.2
+_WAITED_SHARE = 0.03
+_OTHERS_SHARE = 0.05
+_STOLEN_SHARE = 0.05
+_TICK_NS = 10_000_000  # /proc/stat counts each core's time in jiffies, so a short window sees all or nothing of one
+_THROTTLED_SHARE = 0.01
+_SHORTEST_SLEEP_NS = 100_000_000  # two clocks are read one after the other, and a switch between them looks like sleep
+_FIXED_WORK_SPREAD = 1.25
+_DRIFT = 1.10
+
+
+def doubts(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -> tuple[str, ...]:
+    """Every reason not to believe a run: `engines` by label, and all processes in the `order` in which they ran."""
+    return (
+        *_too_few(engines),
+        *_disturbed([process.conditions for process in order]),
+        *_clock([process.conditions for process in order]),
+        *_drift_inside(engines),
+        *_drift_over_the_run(engines, order),
+    )
+
+
+def _too_few(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
+    for label, processes in engines.items():
+        if len(processes) < FEWEST_PROCESSES:
+            yield f"{label}: {len(processes)} processes, and an interval takes at least {FEWEST_PROCESSES}"
+
+
+def _disturbed(all_conditions: Sequence[Conditions]) -> Iterable[str]:
+    """Causes that the kernel counted, each with the share of processes it hit."""
+    causes: dict[str, list[float]] = {}
+    for conditions in all_conditions:
+        for cause, share in disturbances(conditions).items():
+            causes.setdefault(cause, []).append(share)
+    for cause, shares in causes.items():
+        if len(shares) > _DISTURBED_SHARE * len(all_conditions):
+            typical = 100 * statistics.median(shares)
+            yield f"{cause} in {len(shares)} of {len(all_conditions)} processes (typically {typical:.0f} % of the time)"
+
+
+def disturbances(c: Conditions) -> dict[str, float]:
+    """What disturbed one process beyond what a quiet machine shows, with its share of the time of its cores."""
+    whole, coarse = c.wall_ns * c.cores, _TICK_NS * c.cores
+    limits = (
+        ("its threads waited for a core", c.waited_ns, whole, _WAITED_SHARE, 0),
+        ("other programs used its cores", c.others_ns, whole, _OTHERS_SHARE, coarse),
+        ("the hypervisor took its cores away", c.stolen_ns, whole, _STOLEN_SHARE, coarse),
+        ("a CPU quota throttled it", c.throttled_ns, c.wall_ns, _THROTTLED_SHARE, 0),
+        ("the machine slept", c.suspended_ns, c.wall_ns, 0, _SHORTEST_SLEEP_NS),
+    )
+    return {cause: spent / of for cause, spent, of, limit, error in limits if spent is not None and spent > limit * of + error}
+
+
+def _clock(all_conditions: Sequence[Conditions]) -> Iterable[str]:
+    """The same work takes the same time at the same clock; the frequency is not readable everywhere, the work is."""
+    for_each = [statistics.median(conditions.fixed_work_ns) for conditions in all_conditions]
+    ordered = sorted(for_each)
+    low, high = ordered[len(ordered) // 10], ordered[-(len(ordered) // 10) - 1]
+    if high > _FIXED_WORK_SPREAD * low:
+        yield (
+            f"the same fixed work took {low / 1e3:.0f} to {high / 1e3:.0f} µs: the clock changed (throttling), or the cores "
+            "are shared"
+        )
+
+
+def _drift_inside(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
+    """Queries of one process that get slower are throttled; ones that get faster were not warmed up."""
+    for label, processes in engines.items():
+        ratios = []
+        for process in processes:
+            third = len(process.latency_ns) // 3
+            if third:
+                ratios.append(statistics.median(process.latency_ns[-third:]) / statistics.median(process.latency_ns[:third]))
+        if not ratios:
+            continue
+        ratio = statistics.median(ratios)
+        if ratio > _DRIFT:
+            yield f"{label}: queries get {100 * (ratio - 1):.0f} % slower while a process runs (throttling?)"
+        elif ratio < 1 / _DRIFT:
+            yield f"{label}: queries get {100 * (1 / ratio - 1):.0f} % faster while a process runs (more warm-up is needed)"
+
+
+def _drift_over_the_run(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -> Iterable[str]:
+    """From the first third of the run to the last, over all engines; the order is random, so ratios survive it, times do not."""
+    typical = {label: statistics.median(p.median_ns for p in processes) for label, processes in engines.items()}
+    relative = [process.median_ns / typical[process.label] for process in order]
+    third = len(relative) // 3
+    if third < FEWEST_PROCESSES:
+        return
+    ratio = statistics.median(relative[-third:]) / statistics.median(relative[:third])
+    if not 1 / _DRIFT < ratio < _DRIFT:
+        way = "slower" if ratio > 1 else "faster"
+        yield f"everything got {100 * (max(ratio, 1 / ratio) - 1):.0f} % {way} from the first third of the run to the last"

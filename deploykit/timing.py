@@ -1,0 +1,228 @@
+"""Engines measured, told as plain JSON values, and judged by rules of time: those of a run, or any that a user names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from deploykit.artifact import MANIFEST, Artifact, Format, Precision, read_artifact
+from deploykit.benchmark import benchmark
+from deploykit.benchmark.judge import check_same_machine, counterpart, judge, judge_since, load, save, since
+from deploykit.benchmark.process import images_per_query
+from deploykit.benchmark.report import BenchmarkReport, Measured
+from deploykit.benchmark.statistics import Difference
+from deploykit.build import Engine
+from deploykit.errors import UsageError, printable
+from deploykit.gate import EXIT_CODES, GateResult, Rule, Verdict, worst
+from deploykit.jsonable import to_json
+from deploykit.machine import Machine
+from deploykit.progress import Progress, silent
+from deploykit.publish import UNFINISHED
+from deploykit.recipe import BenchmarkTable
+
+_PERCENTILES = (90, 95, 99)
+
+
+def measure(
+    paths: Sequence[Path],
+    settings: BenchmarkTable,
+    rules: Sequence[Rule],
+    *,
+    baseline: Path | None = None,
+    output: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Benchmark the engines at `paths`, compare each with the first or with the file `baseline`, and judge `rules`.
+
+    Writes the raw samples to `output`. Raises UsageError before anything is measured: for what is no engine, for engines that
+    cannot be compared, for rules that have nothing to be judged on, and for an `output` that cannot be written.
+    """
+    engines = engines_at(paths)
+    earlier = None if baseline is None else load(baseline)
+    _check_comparable(engines, earlier)
+    _check_rules(rules, engines, earlier)
+    _check_output(output)
+    report = benchmark(engines, **settings.measured(), progress=progress)
+    if output is not None:
+        save(report, output)
+    gates = [
+        _judged(rule, report, earlier, label)
+        for label in engines
+        for rule in rules
+        if rule.metric == "latency" or earlier is not None or label != report.baseline
+    ]
+    verdict = worst(gate.verdict for gate in gates)
+    return {
+        **_told(report, engines, earlier),
+        "machine": to_json(report.machine),
+        "gates": [to_json(gate) for gate in gates],
+        "exit_code": EXIT_CODES[verdict],
+        "output": None if output is None else printable(output),
+    }
+
+
+def engines_at(paths: Sequence[Path]) -> dict[str, Artifact]:
+    """The engines at `paths` by label: an engine's folder, a file in it, or a run with all its engines.
+
+    Raises UsageError with everything that is no engine.
+    """
+    found: list[tuple[Path, Artifact]] = []
+    problems = []
+    for path in paths:
+        artifacts = [(path, artifact) for artifact in map(read_artifact, _artifacts_in(path)) if artifact.format is Format.ENGINE]
+        found += artifacts
+        if not artifacts:
+            problems.append(f"{printable(path)} is neither an engine nor a run that has one")
+    if problems:
+        raise UsageError("nothing to measure", problems=problems, fix="deploykit export MODEL --to onnxruntime builds an engine")
+    labels = [f"{artifact.facts['runtime']} {artifact.precision.value}" for _, artifact in found]
+    if len(set(labels)) < len(labels):
+        labels = [f"{printable(path)}: {label}" for (path, _), label in zip(found, labels, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise UsageError("the same engine is named twice", problems=[x for x in dict.fromkeys(labels) if labels.count(x) > 1])
+    return {label: artifact for label, (_, artifact) in zip(labels, found, strict=True)}
+
+
+def _artifacts_in(path: Path) -> list[Path]:
+    """The folder of the artifact at `path`, or what a run there has built; what a killed run left unfinished is neither."""
+    try:
+        folder = path.parent if path.is_file() else path
+        if (folder / MANIFEST).is_file():
+            return [folder]
+        return sorted(found for found in folder.glob("build-*") if not found.name.endswith(UNFINISHED))
+    except OSError as error:
+        raise UsageError(f"cannot read {printable(path)}", why=(error.strerror or str(error)).lower()) from error
+
+
+def _check_comparable(engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> None:
+    """Refuse to set the latency of one image beside that of a batch, and one machine's beside another's."""
+    images = {label: images_per_query(engine) for label, engine in engines.items()}
+    if earlier is not None:
+        check_same_machine(earlier, Machine.probe())
+        images |= {f"{label} in the baseline": counterpart(earlier, label).images_per_query for label in engines}
+    if len(set(images.values())) > 1:
+        raise UsageError(
+            "these engines cannot be compared",
+            problems=[f"{label}: a query is {'one image' if size == 1 else f'{size} images'}" for label, size in images.items()],
+            fix="build them with the same batch, or measure each on its own",
+        )
+
+
+def _check_rules(rules: Sequence[Rule], engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> None:
+    if earlier is None and len(engines) == 1 and any(rule.metric == "slowdown" for rule in rules):
+        raise UsageError(
+            "there is nothing to be slower than",
+            why=f"{next(iter(engines))} is the only engine",
+            fix="name a second engine, or an earlier run with --baseline FILE",
+        )
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        why = "it is a folder" if output.is_dir() else f"there is no folder {printable(output.parent)}"
+        raise UsageError(f"cannot write {printable(output)}", why=why, fix="choose another file with --output")
+
+
+def _told(report: BenchmarkReport, engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> dict[str, Any]:
+    """What was measured, with the ratios to the first engine or, where there is an earlier run, of each engine to itself."""
+    if earlier is None:
+        others = [(label, report.baseline) for label in engines if label != report.baseline]
+        return {**facts(report, engines, others), "baseline_verdict": None}
+    ratios = [ratio(f"{label} / its baseline", since(report, earlier, label)) for label in engines]
+    return {**facts(report, engines, []), "ratios": ratios, "baseline_verdict": earlier.verdict}
+
+
+def _judged(rule: Rule, report: BenchmarkReport, earlier: BenchmarkReport | None, label: str) -> GateResult:
+    if earlier is not None and rule.metric == "slowdown":
+        judged = judge_since(rule, report, earlier, label)
+    else:
+        judged = judge(rule, report, label)
+    return replace(judged, rule=f"{label}: {judged.rule}")
+
+
+def of_run(report: BenchmarkReport, engines: Sequence[Engine]) -> dict[str, Any]:
+    """What was measured in a run: every engine, and INT8 over FP32 of the same runtime."""
+    pairs = [(engine.label, baseline) for engine in engines if (baseline := _baseline(engine, engines)) is not None]
+    return facts(report, {engine.label: engine.built for engine in engines if engine.built is not None}, pairs)
+
+
+def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Raw latencies of `engines` with all that is derived from them, and the ratios of `pairs` (label, baseline label)."""
+    settings = {
+        **report.settings,
+        "images_per_query": report.engines[0].images_per_query,
+        "order": [process.label for process in report.processes],
+        "threads": _threads(engines),
+    }
+    return {
+        "verdict": report.verdict,
+        "warnings": list(report.doubts),
+        "baseline": report.baseline,
+        "noise_floor": report.noise_floor,
+        "settings": settings,
+        "engines": [_engine(report, found, engines[found.label]) for found in report.engines],
+        "ratios": [ratio(f"{label} / {baseline}", report.difference(label, baseline)) for label, baseline in pairs],
+    }
+
+
+def ratio(label: str, found: Difference) -> dict[str, Any]:
+    """One comparison as JSON values; the interval is never narrower than what the baseline shows against itself."""
+    return {
+        "label": label,
+        "ratio": found.ratio,
+        "interval": list(found.honest_interval),
+        "different": found.is_different,
+        "smallest_visible": found.smallest_visible,
+    }
+
+
+def judge_run(rules: Iterable[Rule], engines: Sequence[Engine], report: BenchmarkReport | None) -> list[GateResult]:
+    """Judge rules of time on the INT8 engines, or on all where there are none. What was not measured cannot be told."""
+    int8 = [engine for engine in engines if engine.model.precision is Precision.INT8]
+    found = [_judge(rule, engine, engines, report) for rule in rules if rule.is_of_time for engine in int8 or engines]
+    return [replace(judged, rule=f"{label}: {judged.rule}") for label, judged in found]
+
+
+def _judge(rule: Rule, engine: Engine, engines: Sequence[Engine], report: BenchmarkReport | None) -> tuple[str, GateResult]:
+    baseline = _baseline(engine, engines)
+    if report is None or engine.built is None or (rule.metric == "slowdown" and baseline is None):
+        why = engine.why or "no FP32 engine was built to compare it with"
+        return engine.label, GateResult(str(rule), Verdict.CANNOT_TELL, None, None, f"not measured: {why}")
+    return engine.label, judge(rule, report, engine.label, baseline)
+
+
+def _baseline(engine: Engine, engines: Sequence[Engine]) -> str | None:
+    """The label of the FP32 engine that an INT8 one is compared with."""
+    if engine.model.precision is not Precision.INT8 or engine.built is None:
+        return None
+    label = engine.label.replace(Precision.INT8.value, Precision.FP32.value)
+    return label if any(other.label == label and other.built is not None for other in engines) else None
+
+
+def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[str, Any]:
+    ran = found.processes
+    return {
+        "label": found.label,
+        "images_per_query": found.images_per_query,
+        "latency_ns": [list(process.latency_ns) for process in ran],
+        "median_ns": found.median_ns,
+        "interval_ns": list(report.median_interval_ns(found.label)),
+        "end_to_end_ns": found.end_to_end_ns,
+        "percentiles_ns": {f"p{percentile}": found.percentile_ns(percentile) for percentile in _PERCENTILES},
+        "offline": [{"batch": batch, "per_second": per_second} for batch, per_second in found.per_second.items()],
+        "load_ns": [process.load_ns for process in ran],
+        "first_ns": [process.first_ns for process in ran],
+        "harness_ns": median(process.harness_ns for process in ran),
+        "peak_bytes": int(median(process.peak_bytes for process in ran)),
+        "idle_bytes": int(median(process.idle_bytes for process in ran)),
+        "bytes": engine.path.stat().st_size,
+    }
+
+
+def _threads(engines: Mapping[str, Artifact]) -> int | None:
+    threads = {engine.settings.get("intra_op_num_threads") for engine in engines.values()}
+    only = threads.pop() if len(threads) == 1 else None
+    return only if isinstance(only, int) else None
