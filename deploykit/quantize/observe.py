@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from deploykit.errors import StageError
+from deploykit.machine import available_cores
 from deploykit.progress import Progress, silent
 from deploykit.quantize.histogram import Histogram
-from deploykit.runtimes import onnxruntime, padded, run
+from deploykit.runtimes import onnxruntime, padded
 
 
 def observe(
@@ -22,30 +24,23 @@ def observe(
 
     Raises StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
     """
-    graph = ir.load(model)
-    source, shape = graph.graph.inputs[0].name or "", graph.graph.inputs[0].shape
-    size = shape[0] if shape is not None else None
-    original = [value.name for value in graph.graph.outputs]
-    by_name = {value.name: value for node in graph.graph for value in node.outputs}
-    for name in tensors:
-        if name != source and name not in original:
-            graph.graph.outputs.append(by_name[name])
-    session = onnxruntime.reference(ir.to_proto(graph).SerializeToString(), optimise=True, arena=False)
+    source, size, content = _with_outputs(model, tensors)
+    session = onnxruntime.reference(content, optimise=True)
     histograms = {name: Histogram() for name in tensors}
     broken: set[str] = set()
     done = 0
-    for batch in batches:
-        whole = padded(batch, size if isinstance(size, int) else None)
-        values = {source: whole, **run(session, {source: whole})}
-        for name, histogram in histograms.items():
-            try:
-                histogram.add(values[name][: len(batch)])  # without the padding of a graph with a fixed batch
-            except ValueError:
-                broken.add(name)
-        if broken:
-            break
-        done += len(batch)
-        progress("calibrate", done, total)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for batch in batches:
+            session.feed({source: padded(batch, size)})
+            session.execute()
+            # Views, because copies of all activations take longer than the network itself.
+            views = {source: batch, **session.views()}
+            fine = pool.map(_add, histograms.values(), [views[name][: len(batch)] for name in histograms])
+            broken = {name for name, is_fine in zip(histograms, fine, strict=True) if not is_fine}
+            if broken:
+                break
+            done += len(batch)
+            progress("calibrate", done, total)
     session.close()
     if broken:
         raise StageError(
@@ -59,26 +54,49 @@ def observe(
     return histograms
 
 
+def _with_outputs(model: Path, tensors: Sequence[str]) -> tuple[str, int | None, bytes]:
+    """The graph with `tensors` as outputs: the name of its input, its batch when that is fixed, the file's content."""
+    graph = ir.load(model)
+    source = graph.graph.inputs[0]
+    size = source.shape[0] if source.shape is not None else None
+    original = {value.name for value in (source, *graph.graph.outputs)}
+    by_name = {value.name: value for node in graph.graph for value in node.outputs}
+    graph.graph.outputs.extend(by_name[name] for name in tensors if name not in original)
+    return source.name or "", size if isinstance(size, int) else None, ir.to_proto(graph).SerializeToString()
+
+
+def _add(histogram: Histogram, values: NDArray[np.float32]) -> bool:
+    """Whether all values were finite; otherwise the histogram stays as it was."""
+    try:
+        histogram.add(values)
+    except ValueError:
+        return False
+    return True
+
+
 def batch_size(tensors: Mapping[str, int], budget_bytes: int = 256 << 20, most: int = 16) -> int:
     """How many images at once keep all observed activations (bytes for one image each) within the budget."""
     return max(1, min(most, budget_bytes // max(1, sum(tensors.values()))))
 
 
 def save(histograms: Mapping[str, Histogram], path: Path) -> None:
-    """Write all histograms as one .npz: names, edges (low, high, limit) and counts."""
+    """Write all histograms as one .npz: names, edges (low, high, limit), zeros, counts and drawn."""
     names = list(histograms)
     np.savez_compressed(
         path,
         names=np.array(names),
         edges=np.array([(h.low, h.high, h.limit) for h in histograms.values()]),
+        zeros=np.array([h.zeros for h in histograms.values()]),
         counts=np.stack([histograms[name].counts for name in names]),
+        drawn=np.stack([histograms[name].drawn for name in names]),
     )
 
 
 def load(path: Path) -> dict[str, Histogram]:
     """Read what `save` wrote."""
     with np.load(path, allow_pickle=False) as archive:
+        columns = (archive[key] for key in ("names", "edges", "zeros", "counts", "drawn"))
         return {
-            str(name): Histogram(float(low), float(high), float(limit), counts)
-            for name, (low, high, limit), counts in zip(archive["names"], archive["edges"], archive["counts"], strict=True)
+            str(name): Histogram(float(low), float(high), float(limit), int(zeros), counts, drawn)
+            for name, (low, high, limit), zeros, counts, drawn in zip(*columns, strict=True)
         }

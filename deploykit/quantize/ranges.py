@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ from deploykit.quantize.histogram import Histogram
 # An int32 bias is kept this far from overflow: 2**31 - 1 less a margin for the rounding of scales to float32.
 _BIAS_LIMIT = 2.0**30
 PERCENT = 99.99
+Integers = Literal["uint8", "int8"]
+# The integers of each type that rounding may give.
+INTEGERS: Mapping[Integers, tuple[int, int]] = {"uint8": (0, 255), "int8": (-128, 127)}
 _SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -41,23 +45,37 @@ class QuantParameters:
 
     scale: float
     zero_point: int
-    dtype: Literal["uint8", "int8"]
+    dtype: Integers
 
 
 def affine_uint8(kept: Range) -> QuantParameters:
     """All 256 steps over the range; zero falls exactly on the zero point."""
-    if kept.low == kept.high:
-        return QuantParameters(1.0, 0, "uint8")  # the tensor is constantly zero: any scale represents it
-    scale = float(max(np.float32((kept.high - kept.low) / 255), _SMALLEST_SCALE))
-    return QuantParameters(scale, int(np.clip(np.rint(-kept.low / scale), 0, 255)), "uint8")
+    return _parameters("uint8", kept)
 
 
 def symmetric_int8(kept: Range) -> QuantParameters:
     """Zero point 0 and scale = amax / 127, as NVIDIA's tools choose it; -128 stays unused by values in range."""
-    amax = max(-kept.low, kept.high)
-    if amax == 0:
-        return QuantParameters(1.0, 0, "int8")
-    return QuantParameters(float(max(np.float32(amax / 127), _SMALLEST_SCALE)), 0, "int8")
+    return _parameters("int8", kept)
+
+
+def steps(
+    integers: Integers, low: NDArray[np.float64], high: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scale (float32 values, > 0) and zero point of many ranges at once, low <= 0 <= high: shapes (C,) -> (C,).
+
+    A tensor that is constantly zero gets scale 1: any scale represents it.
+    """
+    width = (high - low) / 255 if integers == "uint8" else np.maximum(-low, high) / 127
+    scale = np.maximum(width.astype(np.float32), _SMALLEST_SCALE).astype(np.float64)
+    scale[low == high] = 1.0
+    if integers == "int8":
+        return scale, np.zeros(scale.shape, np.int64)
+    return scale, np.clip(np.rint(-low / scale), 0, 255).astype(np.int64)
+
+
+def _parameters(integers: Integers, kept: Range) -> QuantParameters:
+    scale, zero_point = steps(integers, np.array([kept.low]), np.array([kept.high]))
+    return QuantParameters(float(scale[0]), int(zero_point[0]), integers)
 
 
 def weight_scales(
