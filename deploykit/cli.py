@@ -20,10 +20,10 @@ import click
 
 from deploykit import recipe as recipes
 from deploykit.errors import DeploykitError, UsageError, printable
-from deploykit.gate import Rule
+from deploykit.gate import Rule, parse_rule
 from deploykit.recipe import Recipe
 
-_INTERRUPTED, _TERMINATED = 130, 143
+_GATE_FAILED, _INTERRUPTED, _TERMINATED = 3, 130, 143
 _RUNS = Path("runs")
 
 
@@ -65,6 +65,8 @@ def _recipe_option(flag: str, key: str, **overrides: Any) -> Callable[..., Any]:
         kind = overrides.pop("type")
     elif int in (hint, *typing.get_args(hint)):
         kind = click.IntRange(item.metadata["low"], item.metadata["high"])
+    elif float in (hint, *typing.get_args(hint)):
+        kind = click.FloatRange(item.metadata["low"], item.metadata["high"])
     else:
         kind = click.Choice(literals) if literals else str
     settings = {"help": item.metadata["help"], "default": None, "show_default": False} | overrides
@@ -167,18 +169,72 @@ def export_command(
     return _run(recipe, output, as_json)
 
 
+@cli.command("benchmark")
+@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_recipe_option("--processes", "benchmark.processes")
+@_recipe_option("--queries", "benchmark.queries")
+@_recipe_option("--warmup", "benchmark.warmup")
+@click.option("--offline-batch", "offline_batches", multiple=True, type=int, help="Images in one offline query; several sweep.")
+@_recipe_option("--offline-seconds", "benchmark.offline_seconds")
+@_recipe_option("--seed", "benchmark.seed")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the raw samples, which --baseline reads.")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="Compare with an earlier run of this machine.")
+@click.option("--fail-on", metavar="PERCENT", help="Largest slowdown allowed, such as 5%; short for --gate 'slowdown <= 5 %'.")
+@click.option("--gate", "gates", multiple=True, metavar="RULE", help="A rule of time, such as 'latency <= 5 ms'.")
+@_json_option
+def benchmark_command(
+    engines: tuple[Path, ...],
+    offline_batches: tuple[int, ...],
+    output: Path | None,
+    baseline: Path | None,
+    fail_on: str | None,
+    gates: tuple[str, ...],
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Measure engines in fresh processes, and compare.
+
+    ENGINES are folders of engines, or runs with all their engines; the first is the baseline, unless there is a --baseline
+    file. A run that something disturbed is invalid, and a gate then cannot tell.
+    """
+    from deploykit import timing
+
+    rules = _rules_of_time(gates, fail_on)
+    table = {key.partition("__")[2]: value for key, value in values.items() if value is not None}
+    if offline_batches:
+        table["offline_batches"] = list(offline_batches)
+    settings = recipes.benchmark_table(table, "the command line")
+    with _progress_bars() as progress:
+        found = timing.measure(engines, settings, rules, baseline=baseline, output=output, progress=progress)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        from deploykit.report import text
+
+        click.echo(text.benchmark(found), nl=False)
+    return int(found["exit_code"])
+
+
 @cli.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--rules",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    help="Check an ONNX file's Q/DQ by this runtime's rules instead; exit code 3 when it would be refused or computed wrong.",
+)
 @_json_option
-def inspect_command(path: Path, as_json: bool) -> None:
+def inspect_command(path: Path, rules: str | None, as_json: bool) -> int:
     """Say what a file or folder is.
 
     Knows artifacts, runs, ONNX graphs, checkpoints and recipes; nothing in them is executed.
     """
+    if rules is not None:
+        return _lint(path, rules, as_json)
     from deploykit import inspect
 
     found = inspect.inspect(path)
     click.echo(json.dumps(found, indent=1) if as_json else inspect.as_text(found), nl=as_json)
+    return 0
 
 
 @cli.command("models")
@@ -252,6 +308,33 @@ def _run(recipe: Recipe, output: Path | None, as_json: bool) -> int:
 
         click.echo(text.run(found), nl=False)
     return int(found["exit_code"])
+
+
+def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:
+    """The rules on the command line. Raises UsageError with every one that is none, or is not one of time."""
+    texts = [*gates, *([f"slowdown <= {fail_on.strip().removesuffix('%')} %"] if fail_on is not None else [])]
+    rules, problems = [], []
+    for text in texts:
+        try:
+            rules.append(parse_rule(text))
+        except ValueError as error:
+            problems.append(str(error))
+    problems += [f"'{rule}' is about answers; `deploykit run` judges it" for rule in rules if not rule.is_of_time]
+    if problems:
+        raise UsageError("these are no rules of time", problems=problems, fix="--gate 'latency <= 5 ms' --fail-on 5%")
+    return rules
+
+
+def _lint(path: Path, runtime: str, as_json: bool) -> int:
+    from deploykit.quantize import lint
+
+    if not path.is_file():
+        raise UsageError(f"--rules wants an ONNX file, and {printable(path)} is none", fix="name the model.onnx itself")
+    found = lint.lint(path, runtime)
+    code = _GATE_FAILED if lint.is_fatal(found) else 0
+    facts = {"path": printable(path), **lint.as_facts(found, runtime), "exit_code": code}
+    click.echo(json.dumps(facts, indent=1) if as_json else lint.as_text(found, runtime), nl=as_json)
+    return code
 
 
 def _refuse_meaningless(targets: tuple[str, ...], *, fp32: bool, fp16: bool, int8: bool) -> None:

@@ -16,19 +16,23 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
+import numpy as np
 import tomllib
+from numpy.typing import NDArray
 
-from deploykit import artifact, benchmark, publish, runtimes
+from deploykit import artifact, benchmark, publish, runtimes, timing
 from deploykit.artifact import Artifact, Format, Precision
+from deploykit.benchmark import judge
+from deploykit.benchmark.report import BenchmarkReport
 from deploykit.build import Engine, build
-from deploykit.data import Images
+from deploykit.data import Images, calibration_subset
 from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
 from deploykit.jsonable import digest, to_json
 from deploykit.machine import Machine, installed_version
 from deploykit.progress import Progress, silent
 from deploykit.recipe import Recipe, dump
 from deploykit.report import html
-from deploykit.report.result import Stage, benchmark_facts, result
+from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
 
 RECIPE, RESULT, REPORT = "recipe.toml", "result.json", "report.html"
@@ -37,10 +41,11 @@ _TOOLS = (
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
 )
 _OUR_NAMES = re.compile(
-    r"recipe\.toml|result\.json|report\.html|finetune|calibrate|parity|benchmark"
+    r"recipe\.toml|result\.json|report\.html|finetune|equalize|calibrate|parity|benchmark"
     r"|export-(onnx|torchscript)(-fp16)?|quantize-(onnxruntime|tensorrt)(-fp16)?|build-(onnxruntime|tensorrt)-(fp32|fp16|int8)"
 )
-_FEW_IMAGES = 32
+
+_PROBED = 32  # calibration images on which the noise of INT8 is measured
 
 
 def clean(out: Path, *, everything: bool = False) -> list[Path]:
@@ -87,9 +92,11 @@ def run(
         models = [_half(work, model) if recipe.build.float_type == "fp16" else model for model in models]
         engines = [engine for model in models for engine in _build(work, model)]
         compared = _verify(work, exports, engines)
-        measured = _benchmark(work, engines)
+        timed = _benchmark(work, engines)
 
-        found = result(work.made, work.stages, engines, compared, measured, recipe=recipe, command=command)
+        measured = None if timed is None else timing.of_run(timed, engines)
+        gates = [*compared["gates"], *map(to_json, timing.judge_run(recipe.rules, engines, timed))]
+        found = result(work.made, work.stages, engines, compared, measured, gates, recipe=recipe, command=command)
         found["out"], found["report"] = printable(out), printable(out / REPORT)
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
         publish.write_file(out / REPORT, html.render(found).encode())
@@ -180,9 +187,10 @@ def _export(work: Work, kind: str) -> Artifact:
 
 
 def _quantize(work: Work, model: Artifact) -> list[Artifact]:
-    """Calibrate once, then one Q/DQ file for the rules of each runtime."""
+    """Equalize and calibrate once, then one Q/DQ file for the rules of each runtime."""
     settings = work.recipe.quantize
     assert settings is not None
+    model = _equalize(work, model) if settings.equalize else model
 
     def calibrate(folder: Path) -> Artifact:
         from deploykit import quantize
@@ -191,7 +199,12 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
         assert images is not None
         how = model.preprocess
         made = quantize.calibrate(
-            model, lambda size: images.batches(how, size), folder, images=len(images), progress=work.progress
+            model,
+            lambda size: images.batches(how, size),
+            folder,
+            images=len(images),
+            names=images.names,
+            progress=work.progress,
         )
         return replace(
             made,
@@ -199,7 +212,7 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
                 **made.facts,
                 "skipped": list(images.skipped),
                 "from": images.origin,
-                "warnings": _doubts(images, work.recipe),
+                "warnings": [*cast(list[str], made.facts["warnings"]), *_doubts(images, work.recipe)],
             },
         )
 
@@ -214,17 +227,58 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
         def make(folder: Path) -> Artifact:
             from deploykit import quantize
 
-            return quantize.quantize(model, observations, settings, runtime, folder)
+            def some() -> NDArray[np.float32]:
+                images = work.sources.calibration
+                assert images is not None
+                return next(images.take(range(min(_PROBED, len(images)))).batches(model.preprocess, _PROBED))
+
+            decides = work.recipe.model.weights != "none" or work.recipe.finetune is not None
+            return quantize.quantize(
+                model, observations, settings, runtime, folder, images=some if decides else None, progress=work.progress
+            )
 
         return work.stage(
             f"quantize-{runtime}",
             make,
             settings=settings,
             parents=[model.identity, observations.identity],
-            summary=lambda made: f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ",
+            summary=_quantized,
         )
 
     return [quantize_for(runtime) for runtime in work.recipe.build.runtimes]
+
+
+def _quantized(made: Artifact) -> str:
+    found = cast(Mapping[str, Any], made.facts["search"])
+    summary = f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ"
+    if found["after_db"] is not None:
+        summary += f", SQNR {found['after_db']:.1f} dB"
+    if found["kept"]:
+        summary += f" ({found['before_db']:.1f} before {len(found['kept'])} sensitive layers stayed in float)"
+    return summary
+
+
+def _equalize(work: Work, model: Artifact) -> Artifact:
+    """The same float network, channels of very different ranges scaled alike where that pays."""
+
+    def make(folder: Path) -> Artifact:
+        from deploykit.quantize import correct
+
+        images = work.sources.calibration
+        assert images is not None
+        some = calibration_subset(images, correct.IMAGES, work.recipe.data.seed)
+        return correct.equalize(
+            model, lambda size: some.batches(model.preprocess, size), folder, names=some.names, progress=work.progress
+        )
+
+    return work.stage("equalize", make, parents=[model.identity, work.sources.digest], summary=_equalized)
+
+
+def _equalized(made: Artifact) -> str:
+    done = cast(Sequence[Mapping[str, float]], made.facts["equalized"])
+    if not done:
+        return f"not worth it for any of {made.facts['pairs']} pairs of layers: the file is the same"
+    return f"{len(done)} of {made.facts['pairs']} pairs of layers, up to {max(pair['gain_db'] for pair in done):.0f} dB predicted"
 
 
 def _half(work: Work, model: Artifact) -> Artifact:
@@ -244,10 +298,8 @@ def _half(work: Work, model: Artifact) -> Artifact:
 
 
 def _doubts(images: Images, recipe: Recipe) -> list[str]:
-    """What the user should know about the calibration images; none of it is wrong enough to refuse."""
+    """What the recipe asked of the calibration images and did not get; `quantize.calibrate` doubts the images themselves."""
     found = []
-    if len(images) < _FEW_IMAGES:
-        found.append(f"only {len(images)} calibration images; ranges are more reliable from {_FEW_IMAGES} on")
     if len(images) < recipe.data.calibration_images and recipe.data.name is None:
         found.append(f"{recipe.data.calibration_images} calibration images were asked for, the folder has {len(images)}")
     return found
@@ -284,8 +336,10 @@ def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) 
         from deploykit.verify import verify
 
         sources = work.sources
-        found = verify(sources.model, sources.evaluation, exports, engines, work.recipe.rules, progress=work.progress)
-        return _report_artifact(exports[0], "parity", found, folder)
+        rules = [rule for rule in work.recipe.rules if not rule.is_of_time]
+        found = verify(sources.model, sources.evaluation, exports, engines, rules, progress=work.progress)
+        (folder / "parity.json").write_text(json.dumps(found))
+        return _report_artifact(exports[0], "parity", found["summary"], folder)
 
     made = work.stage(
         "parity",
@@ -294,10 +348,10 @@ def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) 
         parents=[work.sources.digest, *_keys(exports, engines)],
         summary=lambda made: str(made.facts["summary"]),
     )
-    return _content(made)
+    return cast(Mapping[str, Any], json.loads(made.path.read_text()))
 
 
-def _benchmark(work: Work, engines: Sequence[Engine]) -> Mapping[str, Any] | None:
+def _benchmark(work: Work, engines: Sequence[Engine]) -> BenchmarkReport | None:
     """Latency and throughput of every engine that could be built here."""
     settings = work.recipe.benchmark
     built = {engine.label: engine.built for engine in engines if engine.built is not None}
@@ -305,17 +359,10 @@ def _benchmark(work: Work, engines: Sequence[Engine]) -> Mapping[str, Any] | Non
         return None
 
     def make(folder: Path) -> Artifact:
-        report = benchmark.benchmark(
-            built,
-            processes=settings.processes,
-            queries=settings.queries,
-            warmup=settings.warmup,
-            offline_batch=settings.offline_batch,
-            offline_seconds=settings.offline_seconds,
-            seed=settings.seed,
-            progress=work.progress,
-        )
-        return _report_artifact(next(iter(built.values())), "benchmark", benchmark_facts(report, built), folder)
+        report = benchmark.benchmark(built, **settings.measured(), progress=work.progress)
+        judge.save(report, folder / "benchmark.json")
+        summary = "; ".join(f"{engine.label} {engine.median_ns / 1e6:.3f} ms" for engine in report.engines)
+        return _report_artifact(next(iter(built.values())), "benchmark", f"{summary}; {report.verdict}", folder)
 
     made = work.stage(
         "benchmark",
@@ -324,19 +371,13 @@ def _benchmark(work: Work, engines: Sequence[Engine]) -> Mapping[str, Any] | Non
         parents=[engine.identity for engine in built.values()],
         summary=lambda made: str(made.facts["summary"]),
     )
-    return _content(made)
+    return judge.load(made.path)
 
 
-def _report_artifact(about: Artifact, stage: str, content: Mapping[str, Any], folder: Path) -> Artifact:
-    """A stage's findings as an artifact: one JSON file and the line that sums it up."""
-    path = folder / f"{stage}.json"
-    path.write_text(json.dumps(content))
-    facts = {"summary": content["summary"]}
+def _report_artifact(about: Artifact, stage: str, summary: str, folder: Path) -> Artifact:
+    """A stage's findings as an artifact: one JSON file, which is written already, and the line that sums it up."""
+    path, facts = folder / f"{stage}.json", {"summary": summary}
     return replace(about, path=path, stage=stage, format=Format.REPORT, parents=(about.sha256,), settings={}, facts=facts)
-
-
-def _content(report: Artifact) -> Mapping[str, Any]:
-    return cast(Mapping[str, Any], json.loads(report.path.read_text()))
 
 
 def _keys(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:

@@ -98,8 +98,24 @@ class ExportTable:
 class QuantizeTable:
     """Post-training quantization to INT8 as Q/DQ in the graph."""
 
-    method: Literal["minmax", "percentile"] = setting("how a range is chosen from what was observed", "minmax")
+    method: Literal["minmax", "percentile", "entropy", "mse"] = setting(
+        "how a range is chosen from what was observed: all of it, all but a share at either end, the least divergence of the "
+        "quantized distribution, the least squared error",
+        "mse",
+    )
     float_layers: tuple[str, ...] = setting("layers to leave in float, by name or pattern: 'fc/Gemm', 'layer4.*'", ())
+    equalize: bool = setting(
+        "whether channels of very different ranges are scaled alike first, where much is to gain; the float answers stay", True
+    )
+    min_sqnr_db: float = setting(
+        "signal-to-noise ratio at the output, INT8 against FP32 on calibration images, below which the most sensitive layers "
+        "stay in float; 0 keeps none",
+        25.0,
+        low=0,
+        high=200,
+    )
+    most_float_percent: float = setting("at most this share of the layers stays in float for it", 10.0, low=0, high=100)
+    sensitivity: bool = setting("measure what every tensor and layer costs, for the report, even if the ratio is good", False)
     percentile: float | None = setting(
         "with method percentile: the share of the values that a range keeps, in percent; 99.99 when absent",
         None,
@@ -126,13 +142,19 @@ class BuildTable:
 class BenchmarkTable:
     """Latency and throughput, each sample of processes fresh and in random order."""
 
-    processes: int = setting("fresh processes for each engine", 5, low=2, high=1000)
+    processes: int = setting(
+        "fresh processes for each engine, and as many again for the baseline; 5 make an interval", 10, low=1, high=1000
+    )
     queries: int = setting("timed single-stream queries in each process", 30, low=1, high=1_000_000)
     warmup: int = setting("untimed queries first", 5, low=0, high=100_000)
-    offline_batch: int = setting("images in one offline query", 8, low=1, high=4096)
+    offline_batches: tuple[int, ...] = setting("images in one offline query; several make a batch sweep", (8,), low=1, high=4096)
     offline_seconds: float = setting("how long each process measures offline throughput", 0.5, low=0, high=3600)
     seed: int = setting("seed of the order of processes and of the bootstrap", 0, low=0, high=2**32 - 1)
     enabled: bool = setting("whether to measure at all", True)
+
+    def measured(self) -> dict[str, Any]:
+        """The arguments of `benchmark.benchmark`."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "enabled"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +162,7 @@ class Recipe:
     """A whole run. Tables that are None are stages that do not happen."""
 
     name: str = setting("name of the run: its report's title and its default output folder")
-    gate: tuple[str, ...] = setting("rules an INT8 engine must pass, such as 'drop <= 0.5 points'", ())
+    gate: tuple[str, ...] = setting("rules an engine must pass, such as 'drop <= 0.5 points' or 'slowdown <= 5 %'", ())
     model: ModelTable = field()
     preprocess: PreprocessTable = field(default=PreprocessTable())
     data: DataTable = field(default=DataTable())
@@ -218,6 +240,15 @@ def parse(
     return recipe
 
 
+def benchmark_table(content: Mapping[str, Any], source: str) -> BenchmarkTable:
+    """The benchmark table alone, checked like a whole recipe's. Raises RecipeError listing every problem."""
+    problems: list[str] = []
+    values = _table(BenchmarkTable, content, "benchmark", Path(), problems)
+    if problems:
+        raise RecipeError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
+    return BenchmarkTable(**values)
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as TOML, keys at their default included, so that it says everything; `parse` gives it back."""
     import tomli_w
@@ -242,9 +273,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What each key allows but all of them together do not mean anything."""
     for text in recipe.gate:
         try:
-            parse_rule(text)
+            rule = parse_rule(text)
         except ValueError as error:
             yield f"gate: {error}"
+            continue
+        if rule.is_of_time:
+            yield from _contradictions_of_time(recipe, rule)
             continue
         if recipe.quantize is None:
             yield f"gate {text!r} compares INT8 with FP32, but there is no [quantize] table"
@@ -283,6 +317,15 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         values = getattr(recipe.preprocess, key)
         if values is not None and channels is not None and len(values) != len(channels):
             yield f"preprocess.{key} has {len(values)} values for {len(channels)} channels ({channels})"
+
+
+def _contradictions_of_time(recipe: Recipe, rule: Rule) -> Iterator[str]:
+    if not recipe.benchmark.enabled:
+        yield f"gate '{rule}' needs a benchmark, and benchmark.enabled is false"
+    if not recipe.build.runtimes:
+        yield f"gate '{rule}' needs an engine to measure: set build.runtimes"
+    if rule.metric == "slowdown" and recipe.quantize is None:
+        yield f"gate '{rule}' compares INT8 with FP32, but there is no [quantize] table"
 
 
 def _table(cls: type[Any], content: Any, where: str, base: Path, problems: list[str]) -> dict[str, Any]:

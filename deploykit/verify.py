@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,14 +155,14 @@ def _conversion_gate(case: Case, found: Conversion) -> GateResult:
 
 
 def _realised_gate(engine: Engine) -> GateResult:
-    """Asked for INT8: every layer runs in it, but those that the recipe itself keeps in float."""
+    """Asked for INT8: every layer runs in it, but those that the recipe keeps in float, by name or by the SQNR it asks for."""
     assert engine.realised is not None
-    kept = engine.model.facts["kept_float"]
-    assert isinstance(kept, Sequence)
+    facts = cast(Mapping[str, Any], engine.model.facts)
+    kept, whys = facts["kept_float"], facts["float_layers"]
     floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
     reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
     if kept:
-        reason += f"; kept in float by the recipe: {len(kept)}"
+        reason += f"; kept in float: {', '.join(f'{name} ({whys[name]})' for name in kept[:5])}{', ...' * (len(kept) > 5)}"
     if floats:
         named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])
         reason += f"; in float: {named}{', ...' * (len(floats) > 5)}; quantize.float_layers accepts that by name"

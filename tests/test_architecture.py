@@ -19,14 +19,17 @@ FLOORS = (
     {"models", "data", "runtimes"},
     {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources"},
     {"report", "inspect"},
-    {"verify"},
+    {"verify", "timing"},
     set(),
     {"pipeline"},
     {"cli", "__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What travels to a device without torch, and may meet Python 3.10 there.
-DEVICE = ("publish", "machine", "artifact", "runtimes", "runtimes.onnxruntime", "build", "parity", "benchmark")
+DEVICE = (
+    *("publish", "machine", "artifact", "runtimes", "runtimes.onnxruntime", "build", "parity"),
+    *("benchmark", "benchmark.process", "benchmark.judge"),
+)
 NOT_ON_A_DEVICE = (
     "torch",
     "torchvision",

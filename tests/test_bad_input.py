@@ -224,7 +224,7 @@ class TestRecipes:
     def test_all_problems_are_reported_at_once(self, refused, work):
         (work / "bad.toml").write_text(
             'name = 3\ncolour = "red"\ngate = ["drop < 1"]\n[model]\nname = "lenet5"\nweight = "x"\n'
-            '[export]\nbatch = 0\nopset = "new"\n[benchmark]\nprocesses = 1\nqueries = 1.5\n[build]\nengine = "maybe"\n'
+            '[export]\nbatch = 0\nopset = "new"\n[benchmark]\nprocesses = 0\nqueries = 1.5\n[build]\nengine = "maybe"\n'
         )
 
         message = refused("run", "bad.toml")
@@ -236,7 +236,7 @@ class TestRecipes:
             "[model]: unknown key 'weight'; did you mean 'weights'?",
             "export.batch: 0 is not between 1 and 65536",
             "export.opset: expected 19, got 'new'",
-            "benchmark.processes: 1 is not between 2 and 1000",
+            "benchmark.processes: 0 is not between 1 and 1000",
             "benchmark.queries: expected a whole number, got 1.5",
             "build.engine: expected 'auto' or 'require' or 'skip', got 'maybe'",
         ):

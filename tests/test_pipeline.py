@@ -26,8 +26,9 @@ QUICK = ["--processes", "2", "--set", "benchmark.queries=3", "--set", "benchmark
 # Stage: the stages that read its files.
 READERS = {
     "finetune": {"export-onnx", "export-torchscript", "parity"},
-    "export-onnx": {"calibrate", "quantize-onnxruntime", "build-onnxruntime-fp32", "parity"},
+    "export-onnx": {"equalize", "build-onnxruntime-fp32", "parity"},
     "export-torchscript": {"parity"},
+    "equalize": {"calibrate", "quantize-onnxruntime"},
     "calibrate": {"quantize-onnxruntime"},
     "quantize-onnxruntime": {"build-onnxruntime-int8"},
     "build-onnxruntime-fp32": {"parity", "benchmark"},
@@ -200,7 +201,7 @@ class TestTheRecipeBesideTheResult:
 
     def test_it_is_the_recipe_that_was_run_with_every_default_written_out(self, finished, tiny_recipe):
         assert recipes.load(finished.folder / "recipe.toml") == recipes.load(tiny_recipe)
-        assert "offline_batch = 8" in (finished.folder / "recipe.toml").read_text()
+        assert "offline_batches = [\n    8,\n]" in (finished.folder / "recipe.toml").read_text()
 
 
 class TestGates:

@@ -200,7 +200,9 @@ class TestProblems:
         }
 
     def test_a_key_that_resembles_none_is_answered_with_all_there_are(self):
-        assert problems(quantize={"zzz": 1}) == ("[quantize]: unknown key 'zzz'; known are method, float_layers, percentile",)
+        assert problems(data={"zzz": 1}) == (
+            "[data]: unknown key 'zzz'; known are name, train, calibrate, validate, calibration_images, skip_bad_images, seed",
+        )
 
     def test_a_missing_table_is_asked_for(self):
         with pytest.raises(RecipeError, match=r"the recipe: 'model' is missing \(a table\)"):
@@ -306,7 +308,37 @@ class TestProblems:
             load(tmp_path / name)
 
 
+class TestTheBenchmarkTableAlone:
+    def test_is_checked_like_a_whole_recipes(self):
+        with pytest.raises(RecipeError) as caught:
+            recipe.benchmark_table({"processes": 0, "offline_batches": [8, 0], "speed": 1}, "the command line")
+
+        assert caught.value.what == "the command line has 3 problems"
+        assert set(caught.value.problems) >= {
+            "benchmark.processes: 0 is not between 1 and 1000",
+            "benchmark.offline_batches: 0 is not between 1 and 4096",
+        }
+
+    def test_has_the_defaults_of_a_recipe(self):
+        assert recipe.benchmark_table({}, "the command line") == parsed().benchmark
+        assert recipe.benchmark_table({"offline_batches": [1, 2]}, "the command line").measured()["offline_batches"] == (1, 2)
+
+
 class TestContradictions:
+    def test_a_rule_of_time_needs_a_benchmark_of_an_engine_and_one_to_compare_with(self):
+        found = problems(gate=["slowdown <= 5 %", "latency <= 5 ms"], benchmark={"enabled": False}, build={"runtimes": []})
+
+        assert found == (
+            "gate 'slowdown <= 5 %' needs a benchmark, and benchmark.enabled is false",
+            "gate 'slowdown <= 5 %' needs an engine to measure: set build.runtimes",
+            "gate 'slowdown <= 5 %' compares INT8 with FP32, but there is no [quantize] table",
+            "gate 'latency <= 5 ms' needs a benchmark, and benchmark.enabled is false",
+            "gate 'latency <= 5 ms' needs an engine to measure: set build.runtimes",
+        )
+
+    def test_a_rule_of_latency_needs_neither_int8_nor_labels(self):
+        assert [str(rule) for rule in parsed(gate=["latency <= 5 ms"]).rules] == ["latency <= 5 ms"]
+
     def test_all_contradictions_are_told_at_once(self):
         found = problems(
             gate=["drop <= 0.5 points", "drops <= 1"],
@@ -457,7 +489,7 @@ class TestContradictionsOfOneTable:
     def test_a_percentile_without_the_method_is_not_ignored(self):
         (found,) = problems(quantize={"percentile": 99.0}, data={"calibrate": "photos"})
 
-        assert found == "quantize.percentile means nothing with method = 'minmax': leave it out or change the method"
+        assert found == "quantize.percentile means nothing with method = 'mse': leave it out or change the method"
 
     @pytest.mark.parametrize("name", ["a/b", "..", "/tmp"])
     def test_a_name_that_is_no_folder_name_is_refused(self, name):

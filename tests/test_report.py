@@ -124,6 +124,7 @@ def full_result() -> dict[str, Any]:
                 "path": None,
                 "bytes": None,
                 "realised": None,
+                "search": {"wanted_db": 25.0, "before_db": 31.2, "after_db": 31.2, "kept": [], "spared": [], "errors": None},
             },
         ],
         "parity": [
@@ -162,14 +163,27 @@ def full_result() -> dict[str, Any]:
                 "queries": 200,
                 "warmup": 5,
                 "threads": 2,
-                "offline_batch": 32,
+                "offline_batches": [8, 32],
+                "images_per_query": 1,
                 "order": ["fp32", "int8", "int8", "fp32"],
             },
+            "verdict": "valid",
+            "warnings": [],
+            "baseline": "onnxruntime fp32",
+            "noise_floor": 0.004,
             "engines": [
                 _timed("onnxruntime fp32", 93_000, [92_100, 94_300], 10_350, 250_112),
                 _timed("onnxruntime int8", 65_500, [64_900, 66_400], 14_900, 70_020),
             ],
-            "ratios": [{"label": "onnxruntime int8 / onnxruntime fp32", "ratio": 0.704, "interval": [0.691, 0.718]}],
+            "ratios": [
+                {
+                    "label": "onnxruntime int8 / onnxruntime fp32",
+                    "ratio": 0.704,
+                    "interval": [0.691, 0.718],
+                    "different": True,
+                    "smallest_visible": 0.032,
+                }
+            ],
         },
         "samples": [_sample(number) for number in range(10)]
         + [_sample(17, label="3", reference="3", engine="8"), _sample(23, label="5", reference="6", engine="6")],
@@ -196,6 +210,7 @@ def deep_result(layers: int = 120) -> dict[str, Any]:
     long = "features.5.12.block.3.0/Conv_output_quantized_with_a_very_long_name_that_has_no_place_to_break"
     rows = [_layer(f"{long}.{index}", "Conv", "int8" if index % 9 else "fp32", "QLinearConv") for index in range(layers)]
     result["engines"][1]["realised"]["layers"] = rows
+    result["engines"][1]["search"] = _search([row["name"] for row in rows])
     result["parity"] = [result["parity"][0] | {"label": f"openvino int8, variant {number}"} for number in range(3)]
     return result
 
@@ -385,9 +400,45 @@ def test_ten_thousand_queries_are_thinned_and_the_page_says_so() -> None:
 
 def test_too_few_queries_for_a_percentile_are_said() -> None:
     result = full_result()
-    result["benchmark"]["engines"][0]["p90_ns"] = None
+    result["benchmark"]["engines"][0]["percentiles_ns"] |= {"p90": None, "p99": None}
 
-    assert "too few queries" in Page(render(result)).cells
+    assert Page(render(result)).cells.count("too few queries") == 2
+
+
+def test_a_quiet_run_says_how_far_the_baseline_is_from_itself() -> None:
+    text = Page(render(full_result())).text
+
+    assert "onnxruntime fp32, measured twice, differs from itself by up to 0.4 % (95 %); less than that is no difference." in text
+
+
+@pytest.mark.parametrize("floor", [None, inf])
+def test_a_noise_floor_that_is_not_known_is_not_shown(floor: float | None) -> None:
+    result = full_result()
+    result["benchmark"]["noise_floor"] = floor
+
+    text = Page(render(result)).text
+
+    assert "Nothing disturbed this run." in text
+    assert "differs from itself" not in text
+
+
+def test_an_invalid_run_is_called_so_with_every_reason() -> None:
+    result = full_result()
+    result["benchmark"] |= {"warnings": ["others ran", "the clock changed"], "verdict": "invalid: others ran; the clock changed"}
+
+    page = Page(render(result))
+
+    assert "This run is invalid: measure again on a quiet machine." in page.text
+    assert {"others ran", "the clock changed"} <= set(page.cells)
+    assert "Nothing disturbed" not in page.text
+
+
+def test_a_sweep_of_batches_has_a_bar_for_each_and_the_table_its_best() -> None:
+    page = Page(render(full_result()))
+
+    assert page.text.count("images/s in batches of 8") == 4  # a bar and its title, for two engines
+    assert page.text.count("images/s in batches of 32") == 4
+    assert "14,900/s" in {cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.cells}
 
 
 def test_a_changed_decision_shows_its_picture_and_who_is_right() -> None:
@@ -421,6 +472,72 @@ def test_a_layer_in_float_shows_its_reason() -> None:
     page = Page(render(full_result()))
 
     assert "its input is the network's input, which stays in float" in page.cells
+
+
+def test_every_int8_engine_says_the_noise_that_was_asked_for_that_of_int8_and_that_of_what_is_shipped() -> None:
+    page = Page(render(full_result()))
+
+    cells = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.cells]
+    asked = cells.index("Asked for")
+    assert cells[asked + 4 : asked + 14] == [
+        *("onnxruntime int8", "25.0 dB", "15.1 dB", "26.3 dB", "1"),
+        *("tensorrt int8", "25.0 dB", "31.2 dB", "31.2 dB", "0"),
+    ]
+
+
+def test_what_hurts_most_comes_first_and_what_stays_in_float_for_it_is_marked() -> None:
+    rows = _noise_rows(render(full_result()))
+
+    assert [row.split(" ")[0] for row in rows[-5:]] == ["conv2", "conv1", "fc1", "fc2", "fc3"]
+    assert rows[-5] == "conv2 17.0 dB alone , 63.66 % of the noise; stays in float"
+    assert [row for row in rows if "stays in float" in row] == [rows[0], rows[-5]]
+    assert rows[0].startswith("conv2/input")
+    assert not any(row.startswith("zeros") for row in rows)
+
+
+def test_bars_of_activations_and_of_weights_have_one_axis() -> None:
+    figures = [part for part in render(full_result()).split("<figure>") if "causes alone" in part]
+
+    longest = [max(map(float, re.findall(r'width="([\d.]+)%"[^>]*class="bar"', part.split("</figure>")[0]))) for part in figures]
+    assert longest[0] == pytest.approx(longest[1] / 5, rel=0.01)
+
+
+def test_of_many_layers_the_ten_worst_are_drawn() -> None:
+    text = render(deep_result(40))
+
+    assert len(_noise_rows(text)) == 20
+    assert Page(text).text.count("The 10 worst of 40.") == 2
+
+
+def test_a_network_that_was_not_swept_has_ratios_and_no_bars() -> None:
+    result = full_result()
+    result["engines"][1]["search"]["errors"] = None
+
+    assert "Where it hurts" in Page(render(result)).text
+    assert _noise_rows(render(result)) == []
+
+
+@pytest.mark.parametrize("nothing", [0.0, nan])
+def test_a_network_without_any_noise_has_no_bars(nothing: float) -> None:
+    result = full_result()
+    result["engines"][1]["search"]["errors"] = {"activations": {"image": nothing}, "weights": {}}
+
+    assert _noise_rows(render(result)) == []
+
+
+def test_random_weights_hurt_nowhere() -> None:
+    result = random_weights()
+    for engine in result["engines"]:
+        engine["search"] = {"wanted_db": None, "before_db": None, "after_db": None, "kept": [], "spared": [], "errors": None}
+
+    assert "Where it hurts" not in Page(render(result)).text
+
+
+def _noise_rows(text: str) -> list[str]:
+    """What a reader sees above each bar of noise."""
+    rows = re.findall(r'<div class="above">(.*?)</div>', text)
+    plain = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in rows]
+    return [row for row in plain if "of the noise" in row]
 
 
 def test_hostile_names_stay_text() -> None:
@@ -629,9 +746,8 @@ def _open_in_frame(chromium: str, folder: Path, *, widths: Sequence[int], act: s
 def _replace_strings(value: Any, key: str = "") -> Any:
     """Every text that comes from outside becomes hostile; the words that the schema itself defines stay."""
     if isinstance(value, dict):
-        return {name: _replace_strings(item, name) for name, item in value.items()} | (
-            {HOSTILE: HOSTILE} if key == "versions" else {}
-        )
+        named = {"versions": {HOSTILE: HOSTILE}, "activations": {HOSTILE: 0.1}, "weights": {HOSTILE: 0.1}}
+        return {name: _replace_strings(item, name) for name, item in value.items()} | named.get(key, {})
     if isinstance(value, list):
         return [_replace_strings(item, key) for item in value]
     return f"{HOSTILE}{value}" if isinstance(value, str) else value
@@ -669,6 +785,20 @@ def _engine(label: str, precision: str, size: int, counts: Any, kernel: str, int
         "path": f"build/{precision}/model.onnx",
         "bytes": size,
         "realised": {"int8": int8, "total": 5, "kernels": counts, "layers": layers},
+        "search": _search([name for name, _ in names]) if int8 else None,
+    }
+
+
+def _search(names: Sequence[str]) -> dict[str, Any]:
+    """The second layer costs most and stays in float, and so does what it reads; a tensor of zeros costs nothing."""
+    costs = {name: 0.02 / 7 ** abs(index - 1) for index, name in enumerate(names)}
+    return {
+        "wanted_db": 25.0,
+        "before_db": 15.1,
+        "after_db": 26.3,
+        "kept": [{"layer": names[1], "before_db": 15.0, "after_db": 26.5}],
+        "spared": [f"{names[1]}/input"],
+        "errors": {"activations": {f"{name}/input": cost / 5 for name, cost in costs.items()} | {"zeros": 0.0}, "weights": costs},
     }
 
 
@@ -696,9 +826,17 @@ def _timed(label: str, typical: int, interval: list[int], throughput: float, siz
         "latency_ns": latencies,
         "median_ns": typical,
         "interval_ns": interval,
-        "p90_ns": 1.06 * typical,
-        "offline_per_second": [throughput * (1 + 0.01 * sin(3 * process)) for process in range(5)],
+        "end_to_end_ns": 1.1 * typical,
+        "percentiles_ns": {"p90": 1.06 * typical, "p95": 1.08 * typical, "p99": 1.2 * typical},
+        "offline": [
+            {"batch": batch, "per_second": [share * throughput * (1 + 0.01 * sin(3 * process)) for process in range(5)]}
+            for batch, share in ((8, 0.7), (32, 1.0))
+        ],
         "load_ns": [4.1e6 + 1e5 * process for process in range(5)],
+        "first_ns": [9e5 + 1e4 * process for process in range(5)],
+        "harness_ns": 60.0,
+        "peak_bytes": 61_000_000,
+        "idle_bytes": 40_000_000,
         "bytes": size,
     }
 

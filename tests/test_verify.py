@@ -57,7 +57,7 @@ class TestThePrecisionGate:
         found = _realised_gate(self.engine(tmp_path, pattern))
 
         assert found.verdict is Verdict.PASS
-        assert "kept in float by the recipe: 1" in found.reason
+        assert "kept in float: head (the recipe keeps it in float)" in found.reason
 
     def test_a_quantized_layer_that_the_engine_runs_in_float_fails_it(self, tmp_path):
         engine = self.engine(tmp_path, "head")
@@ -100,7 +100,7 @@ class TestSmallThings:
         outcome = deploykit("export", f"{tmp_path}/one.py:One", *words, "--output", tmp_path / "out", "--json")
 
         assert outcome.code == 0, outcome.err
-        assert json.loads(outcome.out)["benchmark"]["settings"]["offline_batch"] == 1
+        assert [point["batch"] for point in json.loads(outcome.out)["benchmark"]["engines"][0]["offline"]] == [1]
 
     def test_a_benchmark_imports_nothing_from_the_current_directory(self, deploykit, network, photos, tmp_path, monkeypatch):
         for name in ("statistics", "random", "json"):

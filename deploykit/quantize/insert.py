@@ -13,7 +13,7 @@ from deploykit.quantize import place
 from deploykit.quantize.ranges import QuantParameters, Range, affine_uint8, symmetric_int8, weight_scales
 from deploykit.runtimes import QdqRules
 
-_INTEGERS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
+INTEGERS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
 
 
 def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> None:
@@ -21,14 +21,14 @@ def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], ru
 
     Raises StageError when a range is missing or not finite.
     """
-    parameters = _activation_parameters(decided, ranges, rules)
+    parameters = activation_parameters(decided, ranges, rules)
     graph = model.graph
     scale_read: dict[tuple[ir.Node, int], float] = {}
     for name, uses in decided.uses.items():
         node, index = uses[0]
         value = node.inputs[index]
         assert value is not None
-        dequantized = _add_pair(graph, value, parameters[name])
+        dequantized = add_pair(graph, value, parameters[name])
         for node, index in uses:
             node.replace_input_with(index, dequantized)
             scale_read[node, index] = parameters[name].scale
@@ -38,7 +38,11 @@ def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], ru
             _quantize_weights(graph, node, rules, scale_read[node, 0])
 
 
-def _activation_parameters(decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> dict[str, QuantParameters]:
+def activation_parameters(decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> dict[str, QuantParameters]:
+    """Scale and zero point of every quantized activation of a plan; those that must share a scale get one for all.
+
+    Raises StageError naming what has no range.
+    """
     missing = sorted(set(decided.uses) - set(ranges))
     if missing:
         raise StageError("these activations were not observed", problems=missing, fix="calibrate again")
@@ -50,15 +54,15 @@ def _activation_parameters(decided: place.Plan, ranges: Mapping[str, Range], rul
     return {name: compute(shared[decided.groups.get(name, name)]) for name in decided.uses}
 
 
-def _add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> ir.Value:
+def add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> ir.Value:
     """value -> QuantizeLinear -> DequantizeLinear; returns the last one's output."""
     name = value.name or ""
-    scale = _constant(graph, f"{name}/scale", np.float32(parameters.scale))
-    zero_point = _constant(graph, f"{name}/zero_point", np.array(parameters.zero_point, parameters.dtype))
+    scale = constant(graph, f"{name}/scale", np.float32(parameters.scale))
+    zero_point = constant(graph, f"{name}/zero_point", np.array(parameters.zero_point, parameters.dtype))
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}/QuantizeLinear")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{name}/DequantizeLinear")
-    _describe(quantize.outputs[0], f"{name}/quantized", _INTEGERS[parameters.dtype], value.shape)
-    _describe(dequantize.outputs[0], f"{name}/dequantized", ir.DataType.FLOAT, value.shape)
+    describe(quantize.outputs[0], f"{name}/quantized", INTEGERS[parameters.dtype], value.shape)
+    describe(dequantize.outputs[0], f"{name}/dequantized", ir.DataType.FLOAT, value.shape)
     producer = value.producer()
     if producer is None:
         graph.insert_before(graph.node(0), [quantize, dequantize])
@@ -70,13 +74,10 @@ def _add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> 
 def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_scale: float) -> None:
     weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     assert weight is not None
-    assert weight.const_value is not None
     assert weight.name is not None
-    values = weight.const_value.numpy().astype(np.float32)
-    axis = place.output_axis(node)
     bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
-    scale = weight_scales(values, axis, bias=bias_values if rules.bias == "int32" else None, input_scale=input_scale)
-    node.replace_input_with(1, _weight_pair(graph, node, weight.name, values, scale, axis, rules))
+    integers, scale, _ = quantized_weights(node, rules, input_scale)
+    node.replace_input_with(1, _weight_pair(graph, node, weight.name, integers, scale, rules))
     if bias is not None and bias_values is not None and rules.bias == "int32":
         node.replace_input_with(2, _bias_dequantized(graph, node, bias.name or "", bias_values, scale * np.float32(input_scale)))
     for value in (weight, bias):
@@ -84,33 +85,40 @@ def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_sca
             del graph.initializers[value.name]
 
 
+def quantized_weights(
+    node: ir.Node, rules: QdqRules, input_scale: float
+) -> tuple[NDArray[np.int8], NDArray[np.float32], tuple[int, ...]]:
+    """A layer's weights as integers, one scale for each output channel, and the shape in which the scales multiply them."""
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    assert weight is not None
+    assert weight.const_value is not None
+    values = weight.const_value.numpy().astype(np.float32)
+    bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
+    axis = place.output_axis(node)
+    scale = weight_scales(values, axis, bias=bias_values if rules.bias == "int32" else None, input_scale=input_scale)
+    shape = tuple(-1 if index == axis else 1 for index in range(values.ndim))
+    integers = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
+    return integers, scale, shape
+
+
 def _weight_pair(
-    graph: ir.Graph,
-    node: ir.Node,
-    name: str,
-    values: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    axis: int,
-    rules: QdqRules,
+    graph: ir.Graph, node: ir.Node, name: str, integers: NDArray[np.int8], scale: NDArray[np.float32], rules: QdqRules
 ) -> ir.Value:
-    label = f"{node.name}/weight"
-    scale_value = _constant(graph, f"{label}/scale", scale)
-    zero_point = _constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int8))
+    label, axis = f"{node.name}/weight", place.output_axis(node)
+    scale_value = constant(graph, f"{label}/scale", scale)
+    zero_point = constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int8))
     nodes = []
     if rules.weights == "float":
         source = graph.initializers[name]
         nodes.append(ir.node("QuantizeLinear", [source, scale_value, zero_point], {"axis": axis}, name=f"{label}/QuantizeLinear"))
-        _describe(nodes[0].outputs[0], f"{label}/quantized", ir.DataType.INT8, source.shape)
+        describe(nodes[0].outputs[0], f"{label}/quantized", ir.DataType.INT8, source.shape)
         quantized = nodes[0].outputs[0]
     else:
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        integers = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
-        quantized = _constant(graph, f"{label}/quantized", integers)
+        quantized = constant(graph, f"{label}/quantized", integers)
     nodes.append(
         ir.node("DequantizeLinear", [quantized, scale_value, zero_point], {"axis": axis}, name=f"{label}/DequantizeLinear")
     )
-    _describe(nodes[-1].outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(values.shape))
+    describe(nodes[-1].outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(integers.shape))
     graph.insert_before(node, nodes)
     return nodes[-1].outputs[0]
 
@@ -121,23 +129,24 @@ def _bias_dequantized(
     label = f"{node.name}/bias"
     integers = np.rint(values.astype(np.float64) / scale).astype(np.int32)
     inputs = [
-        _constant(graph, f"{label}/quantized", integers),
-        _constant(graph, f"{label}/scale", scale),
-        _constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int32)),
+        constant(graph, f"{label}/quantized", integers),
+        constant(graph, f"{label}/scale", scale),
+        constant(graph, f"{label}/zero_point", np.zeros(scale.shape, np.int32)),
     ]
     dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{label}/DequantizeLinear")
-    _describe(dequantize.outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(values.shape))
+    describe(dequantize.outputs[0], f"{label}/dequantized", ir.DataType.FLOAT, ir.Shape(values.shape))
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
 
 
-def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+    """A new initializer of `graph`."""
     tensor = ir.tensor(np.asarray(array), name=name)
     value = ir.Value(name=name, shape=ir.Shape(np.asarray(array).shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
 
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+def describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
     """Name and type, so that the file says what every tensor is without shape inference."""
     value.name, value.type, value.shape = name, ir.TensorType(dtype), shape

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any
 
-from deploykit.report import charts, units
+from deploykit.report import charts, noise, units
 from deploykit.report.charts import Line
 from deploykit.report.markup import Child, Markup, element
 from deploykit.report.parts import Column, Result, absent, facts, figure, folded, notice, reason_of, table, words_of
@@ -40,11 +40,15 @@ def learning(result: Result) -> Child:
 
 
 def layers(result: Result) -> Child:
-    """The engines, and the precision in which each of their layers really runs."""
+    """The engines, where INT8 costs accuracy, and the precision in which each of their layers really runs."""
     engines: Sequence[Result] = result.get("engines") or ()
     if not engines:
         return absent("No engine was built", reason_of(result, "build") or "none was asked for")
-    return [_engine_table(engines), [_layers_of(engine) for engine in engines if engine.get("built")]]
+    return [
+        _engine_table(engines),
+        noise.where_it_hurts(result),
+        [_layers_of(engine) for engine in engines if engine.get("built")],
+    ]
 
 
 def export(result: Result) -> Child:

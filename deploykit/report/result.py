@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploykit.artifact import Artifact, Format, Precision
-from deploykit.benchmark import BenchmarkReport
 from deploykit.build import Engine
+from deploykit.gate import EXIT_CODES, Verdict, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.recipe import Recipe, dump
 
 SCHEMA = 1
-_EXIT_CODES = {"pass": 0, "fail": 3, "cannot tell": 5, None: 0}
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,24 @@ def result(
     engines: Sequence[Engine],
     compared: Mapping[str, Any],
     measured: Mapping[str, Any] | None,
+    gates: Sequence[Mapping[str, Any]],
     *,
     recipe: Recipe,
     command: str,
 ) -> dict[str, Any]:
-    """Bring everything together. `made` maps stages to artifacts.
+    """Bring everything together. `made` maps stages to artifacts; `gates` are all that were judged.
 
     `exit_code` is 0, 3 when a gate failed, or 5 when one cannot be decided.
     """
     exports = [found for found in made.values() if found.stage == "export"]
     portable = [found for found in made.values() if found.stage == "quantize"]
     first = exports[0]
-    verdict = _verdict([found["verdict"] for found in compared["gates"]])
+    verdict = worst(Verdict(found["verdict"]) for found in gates)
     return {
         "schema": SCHEMA,
         "name": recipe.name,
-        "verdict": verdict,
-        "exit_code": _EXIT_CODES[verdict],
+        "verdict": None if verdict is None else verdict.value,
+        "exit_code": EXIT_CODES[verdict],
         "headline": _headline(engines, compared, measured),
         "model": {
             "name": recipe.model.name,
@@ -70,55 +70,14 @@ def result(
         "engines": [_engine(engine) for engine in engines],
         "parity": compared["parity"],
         "evaluated_on": compared["evaluated_on"],
-        "gates": compared["gates"],
+        "gates": list(gates),
         "visible_drop_points": compared["visible_drop_points"],
-        "benchmark": None if measured is None else {key: measured[key] for key in ("settings", "engines", "ratios", "warnings")},
+        "benchmark": measured,
         "samples": compared["samples"],
         "recipe": dump(recipe),
         "machine": to_json(Machine.probe()),
         "command": command,
     }
-
-
-def benchmark_facts(report: BenchmarkReport, engines: Mapping[str, Artifact]) -> dict[str, Any]:
-    """A benchmark's raw samples with what is derived from them: medians, intervals, and ratios to the FP32 engine."""
-    measured = [
-        {
-            "label": found.label,
-            "images_per_query": found.images_per_query,
-            "offline_batch": found.offline_batch,
-            "latency_ns": [list(process) for process in found.latency_ns],
-            "median_ns": found.median_ns,
-            "interval_ns": list(report.median_interval_ns(found.label, report.settings["seed"])),
-            "p90_ns": found.p90_ns,
-            "offline_per_second": list(found.offline_per_second),
-            "load_ns": list(found.load_ns),
-            "bytes": engines[found.label].path.stat().st_size,
-        }
-        for found in report.engines
-    ]
-    ratios = []
-    for label, engine in engines.items():
-        baseline = label.replace(Precision.INT8.value, Precision.FP32.value)
-        if engine.precision is Precision.INT8 and baseline in engines:
-            ratio, interval = report.ratio(label, baseline, report.settings["seed"])
-            ratios.append({"label": f"{label} / {baseline}", "ratio": ratio, "interval": list(interval)})
-    summary = "; ".join(f"{found['label']} {float(str(found['median_ns'])) / 1e6:.3f} ms" for found in measured)
-    (images,) = {found.images_per_query for found in report.engines}
-    (batch,) = {found.offline_batch for found in report.engines}
-    settings = {
-        **report.settings,
-        "images_per_query": images,
-        "offline_batch": batch,
-        "order": list(report.order),
-        "threads": _threads(engines),
-    }
-    return {"summary": summary, "settings": settings, "engines": measured, "ratios": ratios, "warnings": report.doubts()}
-
-
-def _verdict(verdicts: Sequence[str]) -> str | None:
-    """The worst one; None when nothing was judged."""
-    return next((verdict for verdict in ("fail", "cannot tell", "pass") if verdict in verdicts), None)
 
 
 def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: Mapping[str, Any] | None) -> list[str]:
@@ -137,6 +96,8 @@ def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: 
     for ratio in (measured or {}).get("ratios", []):
         low, high = ratio["interval"]
         slower = ": INT8 is slower here" if low > 1 else ""
+        if measured is not None and measured["warnings"]:
+            slower += "; but the benchmark is invalid"
         lines.append(f"latency {ratio['ratio']:.3g} times FP32 (95 % {low:.3g} to {high:.3g}){slower}")
     return lines
 
@@ -186,6 +147,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
         "path": f"{made.folder.name}/{made.path.name}",
         "bytes": made.path.stat().st_size,
         "realised": realised,
+        "search": engine.model.facts.get("search"),
     }
 
 
@@ -204,9 +166,3 @@ def _calibration(recipe: Recipe, observations: Artifact) -> dict[str, Any]:
 def _finetune(made: Artifact) -> dict[str, Any]:
     history = json.loads((made.folder / "history.json").read_text())
     return {"history": history, "train_images": made.facts["train_images"], "val_images": made.facts["val_images"]}
-
-
-def _threads(engines: Mapping[str, Artifact]) -> int | None:
-    threads = {engine.settings.get("intra_op_num_threads") for engine in engines.values()}
-    only = threads.pop() if len(threads) == 1 else None
-    return only if isinstance(only, int) else None

@@ -23,7 +23,7 @@ def latency(result: Result) -> Child:
         return [absent("No engine was timed", reason_of(result, "benchmark", "build")), _not_built(result)]
     return [
         element("p", _settings(benchmark.get("settings") or {}), class_="lead"),
-        [element("p", element("strong", "Warning: "), warning) for warning in benchmark.get("warnings") or ()],
+        _validity(benchmark),
         _latency_strips(result, engines),
         _ratios(result, benchmark.get("ratios") or ()),
         _throughput(result, engines),
@@ -43,9 +43,29 @@ def _settings(settings: Result) -> str:
         f"{settings['queries']:,} timed queries of {_images(settings)} in each" if settings.get("queries") else "",
         f"{settings['warmup']:,} untimed ones before them" if settings.get("warmup") is not None else "",
         units.plural(settings["threads"], "thread") if settings.get("threads") else "",
-        f"offline throughput in batches of {settings['offline_batch']:,}" if settings.get("offline_batch") else "",
+        f"offline throughput in batches of {', '.join(map(str, settings['offline_batches']))}"
+        if settings.get("offline_batches")
+        else "",
     ]
     return "; ".join(part for part in parts if part) + "."
+
+
+def _validity(benchmark: Result) -> Child:
+    """Whether the run may be believed, and the smallest difference that means anything in it."""
+    doubts = benchmark.get("warnings") or ()
+    if doubts:
+        reasons = [element("li", doubt) for doubt in doubts]
+        return [
+            element("p", element("strong", "This run is invalid: "), "measure again on a quiet machine."),
+            element("ul", reasons),
+        ]
+    floor = benchmark.get("noise_floor")
+    if floor is None or not isfinite(floor):
+        return element("p", "Nothing disturbed this run.")
+    words = (
+        f"Nothing disturbed this run. {words_of(benchmark.get('baseline'), 'The baseline')}, measured twice, differs from itself"
+    )
+    return element("p", f"{words} by up to {100 * floor:.1f} % (95 %); less than that is no difference.")
 
 
 def _latency_strips(result: Result, engines: Sequence[Result]) -> Markup:
@@ -134,14 +154,14 @@ def _faster(entry: Result) -> str:
 
 
 def _throughput(result: Result, engines: Sequence[Result]) -> Markup:
-    measured = [engine for engine in engines if engine.get("offline_per_second")]
+    measured = [(engine, point) for engine in engines for point in engine.get("offline") or () if point.get("per_second")]
     if not measured:
         return absent("Throughput")
-    highest = max(value for engine in measured for value in engine["offline_per_second"])
+    highest = max(value for _, point in measured for value in point["per_second"])
     rows = []
-    for engine in measured:
-        name, samples = words_of(engine.get("label"), "engine"), engine["offline_per_second"]
-        text = f"{units.number(median(samples))} images/s"
+    for engine, point in measured:
+        name, samples = words_of(engine.get("label"), "engine"), point["per_second"]
+        text = f"{units.number(median(samples))} images/s in batches of {point['batch']}"
         picture = charts.bar(f"{name}: {text}", median(samples), samples, highest, series=series_of(result, name))
         rows.append(chart_row(name, element("strong", text), picture))
     caption = (element("strong", "Offline throughput"), "The bar is the median, each dot one process. Longer is better.")
@@ -150,21 +170,51 @@ def _throughput(result: Result, engines: Sequence[Result]) -> Markup:
 
 def _benchmark_table(engines: Sequence[Result]) -> Markup:
     columns = [Column("Engine")] + [
-        Column(title, numeric=True) for title in ("Median", "95 % interval", "p90", "Throughput", "Load", "Size")
+        Column(title, numeric=True)
+        for title in (
+            "Median",
+            "95 % interval",
+            "p90 at most",
+            "p99 at most",
+            "With copies",
+            "Throughput",
+            "Load",
+            "First",
+            "Peak memory",
+            "Size",
+        )
     ]
     rows = [
         (
             words_of(engine.get("label"), "engine"),
             units.duration(engine.get("median_ns")),
             units.interval(_bounds(engine.get("interval_ns")), units.duration),
-            "too few queries" if engine.get("p90_ns") is None else units.duration(engine["p90_ns"]),
-            _median_of(engine.get("offline_per_second"), lambda value: f"{units.number(value)}/s"),
+            *(_percentile(engine, name) for name in ("p90", "p99")),
+            units.duration(engine.get("end_to_end_ns")),
+            _best_throughput(engine),
             _median_of(engine.get("load_ns"), units.duration),
+            _median_of(engine.get("first_ns"), units.duration),
+            units.size(engine.get("peak_bytes")),
             units.size(engine.get("bytes")),
         )
         for engine in engines
     ]
-    return table("The same in numbers: latency of one image, images per second, time to load, size on disk", columns, rows)
+    return table(
+        "The same in numbers: compute latency, an upper bound (99 %) of its percentiles, latency with the copies to and from the "
+        "device, images per second, time to load, first inference, memory of the whole process, size on disk",
+        columns,
+        rows,
+    )
+
+
+def _percentile(engine: Result, name: str) -> str:
+    bound = (engine.get("percentiles_ns") or {}).get(name)
+    return "too few queries" if bound is None else units.duration(bound)
+
+
+def _best_throughput(engine: Result) -> str:
+    points = [median(point["per_second"]) for point in engine.get("offline") or () if point.get("per_second")]
+    return f"{units.number(max(points))}/s" if points else units.NOT_MEASURED
 
 
 def _not_built(result: Result) -> Child:

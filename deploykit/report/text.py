@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deploykit.machine import Machine
+from deploykit.report import units
 
 if TYPE_CHECKING:
     from deploykit.models import Entry
 
 _WIDTH = 110
+_LISTED = 5
 REFERENCE = " graph on the reference"
 _MARKS = {"pass": "pass", "fail": "FAIL", "cannot tell": "cannot tell"}
 
@@ -26,11 +29,12 @@ def run(result: Mapping[str, Any]) -> str:
     model = result["model"]
     parts.append(f"{model['name']}, {model['weights']}, {model['parameters']:,} parameters")
     parts += [f"note: {note}" for note in model["notes"]]
-    for stage in ("calibration", "benchmark"):
-        parts += [f"warning: {warning}" for warning in (result[stage] or {}).get("warnings", [])]
+    parts += [f"warning: {warning}" for warning in (result["calibration"] or {}).get("warnings", [])]
+    parts += [f"warning: the benchmark is invalid: {doubt}" for doubt in (result["benchmark"] or {}).get("warnings", [])]
     skipped = (result["calibration"] or {}).get("skipped", [])
     if skipped:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
+    parts += [*_kept(result), *(f"warning: {warning}" for warning in _too_noisy(result))]
     parts.append(_comparison(result))
     for engine in result["engines"]:
         if not engine["built"]:
@@ -47,6 +51,45 @@ def run(result: Mapping[str, Any]) -> str:
     if not result["engines"]:
         parts += [f"{export['format']}: {result['out']}/{export['path']}" for export in result["exports"]]
     parts.append(f"report: {result['report']}")
+    return _render(parts)
+
+
+def benchmark(result: Mapping[str, Any]) -> str:
+    """Engines in numbers, what can be told about their differences, the gates, and whether the run may be believed."""
+    settings = result["settings"]
+    images = settings["images_per_query"]
+    table = _table("", "", "median ms", "95 %", "p90 <=", "p99 <=", "copied", "images/s", "load ms", "MiB")
+    for engine in result["engines"]:
+        low, high = engine["interval_ns"]
+        bounds = [engine["percentiles_ns"][name] for name in ("p90", "p99")]
+        table.add_row(
+            engine["label"],
+            _milliseconds(engine["median_ns"]),
+            f"{_milliseconds(low)} to {_milliseconds(high)}",
+            *("too few" if bound is None else _milliseconds(bound) for bound in bounds),
+            _milliseconds(engine["end_to_end_ns"]),
+            ", ".join(f"{median(point['per_second']):,.0f} by {point['batch']}" for point in engine["offline"]),
+            f"{median(engine['load_ns']) / 1e6:.0f}",
+            f"{(engine['peak_bytes'] - engine['idle_bytes']) / 2**20:.0f}",
+        )
+    again = len(settings["order"]) - sum(len(engine["latency_ns"]) for engine in result["engines"])
+    parts: list[Table | str] = [table]
+    parts.append(
+        f"Latency of {'one image' if images == 1 else f'{images} images'}, compute alone, medians over fresh processes"
+        f"{f' ({again} disturbed ones were measured again)' if again else ''}.\n"
+        "copied: with the copies to and from the device. images/s: offline. MiB: beyond the empty process."
+    )
+    floor = 100 * result["noise_floor"]
+    parts.append(f"{result['baseline']} against itself: up to {floor:.1f} % apart (95 %); less than that is no difference")
+    for ratio in result["ratios"]:
+        low, high = ratio["interval"]
+        told = "different" if ratio["different"] else "no difference can be told"
+        seen = f"it would tell {100 * ratio['smallest_visible']:.1f} % from none"
+        parts.append(f"{ratio['label']}: {ratio['ratio']:.3f} (95 % {low:.3f} to {high:.3f}), {told}; {seen}")
+    parts += [_gates(result["gates"])] * bool(result["gates"])
+    parts.append(f"the run is {result['verdict']}")
+    parts += [f"the baseline is {result['baseline_verdict']}"] * bool(result["baseline_verdict"])
+    parts += [f"raw samples: {result['output']}"] * bool(result["output"])
     return _render(parts)
 
 
@@ -104,6 +147,33 @@ def _comparison(result: Mapping[str, Any]) -> Table:
             f"{engine['bytes'] / 1e6:.2f}" if engine else "",
         )
     return table
+
+
+def _too_noisy(result: Mapping[str, Any]) -> Iterator[str]:
+    """INT8 graphs that stay below the ratio that was asked for, whatever was kept in float."""
+    for engine in result["engines"]:
+        found = engine["search"]
+        if found and found["after_db"] is not None and found["after_db"] < found["wanted_db"]:
+            kept = units.plural(len(found["kept"]), "layer")
+            yield (
+                f"{engine['label']}: SQNR {found['after_db']:.1f} dB on calibration images with {kept} in float, and "
+                f"quantize.min_sqnr_db asks for {found['wanted_db']:g}"
+            )
+
+
+def _kept(result: Mapping[str, Any]) -> Iterator[str]:
+    """The layers of each INT8 graph that stay in float for the ratio's sake, and what that gains."""
+    for engine in result["engines"]:
+        names = [step["layer"] for step in (engine["search"] or {}).get("kept", [])]
+        if names:
+            found = engine["search"]
+            stays = f"{units.plural(len(names), 'sensitive layer')} {'stays' if len(names) == 1 else 'stay'} in float"
+            listed = ", ".join(names[:_LISTED]) + ", ..." * (len(names) > _LISTED)
+            yield f"{engine['label']}: {stays}: {listed} (SQNR {found['before_db']:.1f} to {found['after_db']:.1f} dB)"
+
+
+def _milliseconds(ns: float) -> str:
+    return f"{ns / 1e6:.4g}"
 
 
 def _latency_of(result: Mapping[str, Any]) -> str:

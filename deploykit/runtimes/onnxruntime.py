@@ -30,7 +30,13 @@ from deploykit.runtimes.onnx_nodes import Node, read_nodes
 
 ENGINE = "engine.onnx"
 SETTINGS = "session.json"
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 # Kernels that multiply integers; everything else that came from a Conv, Gemm or MatMul multiplies floats.
 _INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger")
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -50,18 +56,24 @@ class OnnxSession:
         self._expected = [(item.name, _DTYPES.get(item.type, item.type), item.shape) for item in session.get_inputs()]
         self._outputs = [item.name for item in session.get_outputs()]
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._buffers: dict[str, onnxruntime.OrtValue] = {}
 
     def feed(self, inputs: Tensors) -> None:
         """Copy the inputs into buffers that belong to the session."""
         check_inputs(inputs, self._expected)
         shapes = {name: array.shape for name, array in inputs.items()}
-        if shapes != self._shapes:
-            # ONNX Runtime keeps the outputs it allocated in the binding and refuses them for another batch.
-            for name in self._outputs:
-                self._binding.bind_output(name, "cpu")
-            self._shapes = shapes
+        if shapes == self._shapes:
+            # The same memory again, as a program would have it that measures no allocation.
+            for name, array in inputs.items():
+                self._buffers[name].update_inplace(array)
+            return
+        # ONNX Runtime keeps the outputs it allocated in the binding and refuses them for another batch.
+        for name in self._outputs:
+            self._binding.bind_output(name, "cpu")
         for name, array in inputs.items():
-            self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array)))
+            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array))
+            self._binding.bind_ortvalue_input(name, self._buffers[name])
+        self._shapes = shapes
 
     def execute(self) -> None:
         """Run once; the CPU is idle when this returns. Raises StageError with ONNX Runtime's words when a kernel fails."""
@@ -74,9 +86,13 @@ class OnnxSession:
         """The outputs of the last execute, copied."""
         return {name: np.array(value) for name, value in zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True)}
 
+    def views(self) -> Tensors:
+        """The outputs of the last execute where they lie, not copied: gone with the next execute."""
+        return {name: value.numpy() for name, value in zip(self._outputs, self._binding.get_outputs(), strict=True)}
+
     def close(self) -> None:
         """Free the session; it cannot be used afterwards."""
-        del self._binding, self._session
+        del self._binding, self._buffers, self._session
 
 
 def build(model: Artifact, folder: Path, *, threads: int) -> Artifact:

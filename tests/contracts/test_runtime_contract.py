@@ -60,6 +60,17 @@ class TestEveryRuntime:
 
         assert np.array_equal(session.fetch()["logits"], wanted)
 
+    def test_what_was_fed_last_is_what_runs(self, load, name):
+        session, first, last = load(name), {"image": networks.images(2, seed=1)}, {"image": networks.images(2, seed=2)}
+        wanted = run(load(name), last)["logits"]
+
+        session.feed(first)
+        session.execute()
+        session.feed(last)
+        session.execute()
+
+        assert np.array_equal(session.fetch()["logits"], wanted)
+
     def test_another_batch_size_may_follow_and_the_first_may_come_back(self, load, name):
         session, inputs = load(name), networks.images(5)
         wanted = run(session, {"image": inputs})["logits"]
