@@ -254,7 +254,7 @@ def _quantized(made: Artifact) -> str:
     if found["after_db"] is not None:
         summary += f", SQNR {found['after_db']:.1f} dB"
     if found["kept"]:
-        summary += f" ({found['before_db']:.1f} before {len(found['kept'])} sensitive layers stayed in float)"
+        summary += f" ({found['before_db']:.1f} with all in int8; kept in float: {len(found['kept'])})"
     return summary
 
 

@@ -162,7 +162,7 @@ class TestAWholeRun:
 
     def test_an_artifact_of_other_settings_is_not_taken_for_this_ones(self, exported, tmp_path):
         folder = shutil.copytree(exported, tmp_path / "run")
-        (folder / "recipe.toml").write_text((folder / "recipe.toml").read_text().replace('"minmax"', '"percentile"'))
+        (folder / "recipe.toml").write_text((folder / "recipe.toml").read_text().replace('"mse"', '"percentile"'))
 
         statuses = run_again(folder)
 

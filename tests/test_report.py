@@ -507,6 +507,7 @@ def test_of_many_layers_the_ten_worst_are_drawn() -> None:
 
     assert len(_noise_rows(text)) == 20
     assert Page(text).text.count("The 10 worst of 40.") == 2
+    assert "worst of" not in Page(render(full_result())).text
 
 
 def test_a_network_that_was_not_swept_has_ratios_and_no_bars() -> None:

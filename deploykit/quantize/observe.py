@@ -35,7 +35,7 @@ def observe(
             session.execute()
             # Views, because copies of all activations take longer than the network itself.
             views = {source: batch, **session.views()}
-            fine = pool.map(_add, histograms.values(), [views[name][: len(batch)] for name in histograms])
+            fine = pool.map(_add, histograms.values(), [_unpadded(views[name], len(batch), size) for name in histograms])
             broken = {name for name, is_fine in zip(histograms, fine, strict=True) if not is_fine}
             if broken:
                 break
@@ -63,6 +63,12 @@ def _with_outputs(model: Path, tensors: Sequence[str]) -> tuple[str, int | None,
     by_name = {value.name: value for node in graph.graph for value in node.outputs}
     graph.graph.outputs.extend(by_name[name] for name in tensors if name not in original)
     return source.name or "", size if isinstance(size, int) else None, ir.to_proto(graph).SerializeToString()
+
+
+def _unpadded(values: NDArray[np.float32], images: int, size: int | None) -> NDArray[np.float32]:
+    """Without the rows of images that only fill a fixed batch, where a tensor counts images first (not windows or tokens)."""
+    is_padded = size is not None and images < size and len(values) == size
+    return values[:images] if is_padded else values
 
 
 def _add(histogram: Histogram, values: NDArray[np.float32]) -> bool:

@@ -72,7 +72,8 @@ def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Pl
     groups = _Groups()
     for node in passing:
         groups.join(_input(node).name, _site(node.outputs[0]).name)
-    uses = {value.name: tuple(value.uses()) for value in quantized}
+    ordered = [value for value in (*graph.inputs, *(out for node in graph for out in node.outputs)) if value in quantized]
+    uses = {value.name: tuple(value.uses()) for value in ordered}  # in graph order, so that the same graph gives the same file
     return Plan(tuple(layers), _named(uses), {name: groups.root(name) for name in _named(uses)})
 
 
