@@ -24,8 +24,7 @@ def observe(
 
     Raises StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
     """
-    source, size, content = _with_outputs(model, tensors)
-    session = onnxruntime.reference(content, optimise=True)
+    source, size, session = _open(model, tensors)
     histograms = {name: Histogram() for name in tensors}
     broken: set[str] = set()
     done = 0
@@ -54,15 +53,16 @@ def observe(
     return histograms
 
 
-def _with_outputs(model: Path, tensors: Sequence[str]) -> tuple[str, int | None, bytes]:
-    """The graph with `tensors` as outputs: the name of its input, its batch when that is fixed, the file's content."""
+def _open(model: Path, tensors: Sequence[str]) -> tuple[str, int | None, onnxruntime.OnnxSession]:
+    """The graph with `tensors` as outputs: the name of its input, its batch when that is fixed, and a session of it."""
     graph = ir.load(model)
     source = graph.graph.inputs[0]
     size = source.shape[0] if source.shape is not None else None
     original = {value.name for value in (source, *graph.graph.outputs)}
     by_name = {value.name: value for node in graph.graph for value in node.outputs}
     graph.graph.outputs.extend(by_name[name] for name in tensors if name not in original)
-    return source.name or "", size if isinstance(size, int) else None, ir.to_proto(graph).SerializeToString()
+    session = onnxruntime.reference(ir.to_proto(graph).SerializeToString(), optimise=True)
+    return source.name or "", size if isinstance(size, int) else None, session
 
 
 def _unpadded(values: NDArray[np.float32], images: int, size: int | None) -> NDArray[np.float32]:
