@@ -39,7 +39,7 @@ from hard_networks import rescaled
 def build():
     return rescaled({network!r}, {checkpoint!r}, {size!r}, {way!r})
 """
-PLAIN = ["--set", "quantize.equalize=false", "--set", "quantize.min_sqnr_db=0", "--set", "quantize.method=minmax"]
+PLAIN = ["--set", "quantize.equalize=false", "--set", "quantize.target_sqnr_db=0", "--set", "quantize.method=minmax"]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ Rivals are compared with ours of the same kind: `quantize_static` with uint8 act
 optimisations, and NNCF beside the engine; `quantize_static` with symmetric int8, executed literally, beside TensorRT's
 graph. All rivals use int8 weights by channel, and run in processes of their own. The column "int8" says how many of the
 convolutions and matrix products are quantized: ours leaves a few sensitive layers in float by default, the rivals none, so
-`--ours all-int8=quantize.min_sqnr_db=0` is the comparison of like with like.
+`--ours all-int8=quantize.target_sqnr_db=0` is the comparison of like with like.
 
 How NNCF has to be run to be at its best (3.4 on OpenVINO 2026.4; agreement with FP32 on 1,000 to 2,000 held-out images):
 - `Core.read_model` keeps the biases of an ONNX file behind ShapeOf and Reshape, where NNCF does not find them: default, full

@@ -6,7 +6,7 @@ This module runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploykit import runtimes
@@ -42,4 +42,4 @@ def build(model: Artifact, runtime: str, folder: Path, *, threads: int = 0) -> A
     """
     engine = runtimes.get(runtime).build(model, folder, threads=threads)
     shutil.copyfile(model.folder / SAMPLES, folder / SAMPLES)
-    return engine
+    return replace(engine, facts={**engine.facts, "model": model.facts.get("model")})

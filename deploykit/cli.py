@@ -20,10 +20,10 @@ import click
 
 from deploykit import recipe as recipes
 from deploykit.errors import DeploykitError, UsageError, printable
-from deploykit.gate import Rule, parse_rule
+from deploykit.gate import EXIT_CODES, Rule, Verdict, parse_rule
 from deploykit.recipe import Recipe
 
-_GATE_FAILED, _INTERRUPTED, _TERMINATED = 3, 130, 143
+_INTERRUPTED, _TERMINATED = 130, 143
 _RUNS = Path("runs")
 
 
@@ -328,10 +328,12 @@ def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:
 def _lint(path: Path, runtime: str, as_json: bool) -> int:
     from deploykit.quantize import lint
 
+    if not path.exists():
+        raise UsageError(f"there is no {printable(path)}")
     if not path.is_file():
         raise UsageError(f"--rules wants an ONNX file, and {printable(path)} is none", fix="name the model.onnx itself")
     found = lint.lint(path, runtime)
-    code = _GATE_FAILED if lint.is_fatal(found) else 0
+    code = EXIT_CODES[Verdict.FAIL] if lint.is_fatal(found) else 0
     facts = {"path": printable(path), **lint.as_facts(found, runtime), "exit_code": code}
     click.echo(json.dumps(facts, indent=1) if as_json else lint.as_text(found, runtime), nl=as_json)
     return code

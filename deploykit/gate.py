@@ -32,7 +32,7 @@ _METRICS = {
 _OF_TIME = ("latency", "slowdown")
 _AT_MOST_100 = ("agreement", "drop")
 _MANY_IMAGES = 10**9
-_MANY_PROCESSES = 10_000
+_MANY_PROCESSES = 1_000
 _Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 

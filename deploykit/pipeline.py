@@ -227,14 +227,16 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
         def make(folder: Path) -> Artifact:
             from deploykit import quantize
 
-            def some() -> NDArray[np.float32]:
+            def probes() -> NDArray[np.float32]:
                 images = work.sources.calibration
                 assert images is not None
-                return next(images.take(range(min(_PROBED, len(images)))).batches(model.preprocess, _PROBED))
+                # Spread over the whole set: classes and days lie together in a folder.
+                some = calibration_subset(images, _PROBED, work.recipe.data.seed)
+                return next(some.batches(model.preprocess, _PROBED))
 
             decides = work.recipe.model.weights != "none" or work.recipe.finetune is not None
             return quantize.quantize(
-                model, observations, settings, runtime, folder, images=some if decides else None, progress=work.progress
+                model, observations, settings, runtime, folder, images=probes if decides else None, progress=work.progress
             )
 
         return work.stage(
@@ -251,8 +253,9 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
 def _quantized(made: Artifact) -> str:
     found = cast(Mapping[str, Any], made.facts["search"])
     summary = f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ"
-    if found["after_db"] is not None:
-        summary += f", SQNR {found['after_db']:.1f} dB"
+    if found["after_db"] is None:
+        return f"{summary}; random weights: no search for sensitive layers"
+    summary += f", SQNR {found['after_db']:.1f} dB"
     if found["kept"]:
         summary += f" ({found['before_db']:.1f} with all in int8; kept in float: {len(found['kept'])})"
     return summary

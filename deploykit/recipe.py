@@ -107,7 +107,7 @@ class QuantizeTable:
     equalize: bool = setting(
         "whether channels of very different ranges are scaled alike first, where much is to gain; the float answers stay", True
     )
-    min_sqnr_db: float = setting(
+    target_sqnr_db: float = setting(
         "signal-to-noise ratio at the output, INT8 against FP32 on calibration images, below which the most sensitive layers "
         "stay in float; 0 keeps none",
         25.0,

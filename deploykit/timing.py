@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 
 from deploykit.artifact import MANIFEST, Artifact, Format, Precision, read_artifact
 from deploykit.benchmark import benchmark
-from deploykit.benchmark.judge import check_same_machine, counterpart, judge, judge_since, load, save, since
-from deploykit.benchmark.process import images_per_query
-from deploykit.benchmark.report import BenchmarkReport, Measured
+from deploykit.benchmark.judge import (
+    check_same_engine,
+    check_same_machine,
+    check_same_queries,
+    counterpart,
+    judge,
+    judge_since,
+    load,
+    save,
+    since,
+)
+from deploykit.benchmark.report import BenchmarkReport, Measured, about, images_per_query
 from deploykit.benchmark.statistics import Difference
 from deploykit.build import Engine
 from deploykit.errors import UsageError, printable
@@ -42,7 +52,7 @@ def measure(
     """
     engines = engines_at(paths)
     earlier = None if baseline is None else load(baseline)
-    _check_comparable(engines, earlier)
+    _check_comparable(engines, earlier, settings)
     _check_rules(rules, engines, earlier)
     _check_output(output)
     report = benchmark(engines, **settings.measured(), progress=progress)
@@ -97,11 +107,14 @@ def _artifacts_in(path: Path) -> list[Path]:
         raise UsageError(f"cannot read {printable(path)}", why=(error.strerror or str(error)).lower()) from error
 
 
-def _check_comparable(engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> None:
+def _check_comparable(engines: Mapping[str, Artifact], earlier: BenchmarkReport | None, settings: BenchmarkTable) -> None:
     """Refuse to set the latency of one image beside that of a batch, and one machine's beside another's."""
     images = {label: images_per_query(engine) for label, engine in engines.items()}
     if earlier is not None:
         check_same_machine(earlier, Machine.probe())
+        for label, engine in engines.items():
+            check_same_engine(earlier, label, about(engine))
+        check_same_queries(earlier, settings.measured())
         images |= {f"{label} in the baseline": counterpart(earlier, label).images_per_query for label in engines}
     if len(set(images.values())) > 1:
         raise UsageError(
@@ -121,8 +134,12 @@ def _check_rules(rules: Sequence[Rule], engines: Mapping[str, Artifact], earlier
 
 
 def _check_output(output: Path | None) -> None:
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        why = "it is a folder" if output.is_dir() else f"there is no folder {printable(output.parent)}"
+    if output is not None and (output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK)):
+        why = f"there is no right to write in {printable(output.parent)}"
+        if output.is_dir():
+            why = "it is a folder"
+        elif not output.parent.is_dir():
+            why = f"there is no folder {printable(output.parent)}"
         raise UsageError(f"cannot write {printable(output)}", why=why, fix="choose another file with --output")
 
 
@@ -131,7 +148,9 @@ def _told(report: BenchmarkReport, engines: Mapping[str, Artifact], earlier: Ben
     if earlier is None:
         others = [(label, report.baseline) for label in engines if label != report.baseline]
         return {**facts(report, engines, others), "baseline_verdict": None}
-    ratios = [ratio(f"{label} / its baseline", since(report, earlier, label)) for label in engines]
+    ratios = [
+        ratio(f"{label} / its baseline", since(report, earlier, label), (*report.doubts, *earlier.doubts)) for label in engines
+    ]
     return {**facts(report, engines, []), "ratios": ratios, "baseline_verdict": earlier.verdict}
 
 
@@ -154,6 +173,8 @@ def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Itera
     settings = {
         **report.settings,
         "images_per_query": report.engines[0].images_per_query,
+        # What was measured: an engine with a fixed batch has no other.
+        "offline_batches": list(report.engines[0].per_second),
         "order": [process.label for process in report.processes],
         "threads": _threads(engines),
     }
@@ -164,17 +185,19 @@ def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Itera
         "noise_floor": report.noise_floor,
         "settings": settings,
         "engines": [_engine(report, found, engines[found.label]) for found in report.engines],
-        "ratios": [ratio(f"{label} / {baseline}", report.difference(label, baseline)) for label, baseline in pairs],
+        "ratios": [
+            ratio(f"{label} / {baseline}", report.difference(label, baseline), report.doubts) for label, baseline in pairs
+        ],
     }
 
 
-def ratio(label: str, found: Difference) -> dict[str, Any]:
+def ratio(label: str, found: Difference, doubts: Sequence[str]) -> dict[str, Any]:
     """One comparison as JSON values; the interval is never narrower than what the baseline shows against itself."""
     return {
         "label": label,
         "ratio": found.ratio,
         "interval": list(found.honest_interval),
-        "different": found.is_different,
+        "different": found.is_different and not doubts,
         "smallest_visible": found.smallest_visible,
     }
 

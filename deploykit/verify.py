@@ -159,6 +159,7 @@ def _realised_gate(engine: Engine) -> GateResult:
     assert engine.realised is not None
     facts = cast(Mapping[str, Any], engine.model.facts)
     kept, whys = facts["kept_float"], facts["float_layers"]
+    quantized = [layer.name for layer in engine.realised.layers if layer.precision == "int8" and layer.name in kept]
     floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
     reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
     if kept:
@@ -166,8 +167,10 @@ def _realised_gate(engine: Engine) -> GateResult:
     if floats:
         named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])
         reason += f"; in float: {named}{', ...' * (len(floats) > 5)}; quantize.float_layers accepts that by name"
-    verdict = Verdict.FAIL if floats else Verdict.PASS
-    return GateResult(f"{engine.label}: every layer runs in int8", verdict, engine.realised.int8, None, reason)
+    if quantized:
+        reason += f"; in int8 although they were to stay in float: {', '.join(quantized)}"
+    verdict = Verdict.FAIL if floats or quantized else Verdict.PASS
+    return GateResult(f"{engine.label}: every layer meant for int8 runs in it", verdict, engine.realised.int8, None, reason)
 
 
 def _labelled(label: str, found: GateResult) -> GateResult:

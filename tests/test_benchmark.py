@@ -255,7 +255,8 @@ class TestTheOrderOfProcesses:
     def test_says_how_it_was_made_and_where(self, run):
         report, _ = run(2, seed=7)
 
-        assert report.settings == {**SHORT, "processes": 2, "seed": 7}
+        one = {"model": "lenet5", "input": [["batch", 3, 32, 32]], "threads": 1}
+        assert report.settings == {**SHORT, "processes": 2, "seed": 7, "engines": {"a": one, "b": one}}
         assert report.machine == Machine.probe()
 
     def test_measures_a_disturbed_process_again_at_the_end(self, run):
@@ -341,18 +342,33 @@ class TestWhatCounts:
     def test_a_quiet_run_is_valid_and_a_disturbed_one_says_why_it_is_not(self):
         assert timings.report({"a": [10] * 5}).verdict == "valid"
         assert timings.report({"a": [10] * 5}, **DISTURBED).verdict == (
-            "invalid: other programs used its cores in 10 of 10 processes (typically 50 % of the time)"
+            "invalid: a: 10 of 10 processes were disturbed: other programs used its cores (50 % of the time)"
         )
 
 
 class TestRawSamplesOnDisk:
     @pytest.mark.parametrize("key", ["latency_ns", "end_to_end_ns"])
-    @pytest.mark.parametrize("bad", [[], [0], [-5, 3], [float("nan")], ["soon"], None])
+    @pytest.mark.parametrize("bad", [[], [0], [-5, 3], [float("nan")], ["soon"], None, [2**53 + 1], [1, 10**400]])
     def test_latencies_that_nobody_can_have_measured_are_refused(self, key, bad):
         told = to_json(timings.process("a", 1, 2))
 
         with pytest.raises((TypeError, ValueError)):
             Process.from_json({**told, key: bad})
+
+    @pytest.mark.parametrize("key", ["latency_ns", "end_to_end_ns"])
+    def test_a_hundred_days_can_be_measured(self, key):
+        told = to_json(timings.process("a", 1, 2))
+
+        assert getattr(Process.from_json({**told, key: [2**53]}), key) == (2**53,)
+
+    @pytest.mark.parametrize("key", ["images_per_query", "load_ns", "first_ns", "idle_bytes", "peak_bytes"])
+    def test_what_a_process_has_one_of_is_a_whole_number(self, key):
+        told = to_json(timings.process("a", 1, 2))
+
+        assert getattr(Process.from_json({**told, key: 3.0}), key) == 3
+        for bad in ("soon", None, [1], float("nan"), float("inf")):
+            with pytest.raises((TypeError, ValueError, OverflowError)):
+                Process.from_json({**told, key: bad})
 
     @pytest.mark.parametrize(
         "bad", [{"cores": 0}, {"wall_ns": 0}, {"wall_ns": "long"}, {"fixed_work_ns": []}, {"fixed_work_ns": [0]}, {"mood": 1}]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timings
 
+from deploykit.benchmark import conditions
 from deploykit.benchmark.conditions import Watch, fixed_work, peak_bytes
 from deploykit.benchmark.report import BenchmarkReport, Process
 from deploykit.benchmark.validity import disturbances, doubts
@@ -46,7 +47,9 @@ class System:
 
 
 @pytest.fixture
-def system(tmp_path) -> System:
+def system(tmp_path, monkeypatch) -> System:
+    """One on which no quota is set, whatever holds for the machine that runs the tests."""
+    monkeypatch.setattr(conditions, "available_cores", lambda: len(MINE))
     return System(tmp_path)
 
 
@@ -66,6 +69,14 @@ class TestWhatTheKernelTells:
             system.cores(mine_user=100, mine_nice=20, mine_system=30, mine_irq=4, mine_softirq=5)
 
         assert watch.conditions.others_ns == 159 * TICK_NS - watch.conditions.cpu_ns
+
+    def test_where_a_quota_gives_fewer_cores_than_are_seen_the_rest_of_them_disturb_nobody(self, system, monkeypatch):
+        monkeypatch.setattr(conditions, "available_cores", lambda: len(MINE) - 1)
+        system.cores()
+        with Watch(system.root) as watch:
+            system.cores(mine_user=500, mine_steal=7)
+
+        assert (watch.conditions.others_ns, watch.conditions.stolen_ns) == (None, 7 * TICK_NS)
 
     @pytest.mark.parametrize("ticks", [{"mine_idle": 500}, {"mine_iowait": 500}, {"another_user": 500}, {"mine_guest": 500}])
     def test_idling_and_other_cores_and_what_is_counted_twice_are_nobodys(self, system, ticks):
@@ -244,7 +255,37 @@ class TestDoubts:
     def test_each_cause_that_hit_many_processes_is_one_with_its_size(self, field, whole, limit, cause):
         disturbed = [timings.process("a", 1000, **{field: whole // 2}) for _ in range(4)]
 
-        assert run_of([*quiet(6), *disturbed]) == (f"{cause} in 4 of 10 processes (typically 50 % of the time)",)
+        assert run_of([*quiet(6), *disturbed]) == (f"a: 4 of 10 processes were disturbed: {cause} (50 % of the time)",)
+
+    def test_causes_that_are_each_rare_are_counted_together(self):
+        hit = [timings.process("a", 1000, **{field: whole // 2}) for field, whole, *_ in CAUSES[:3] for _ in range(4)]
+
+        assert run_of([*quiet(8), *hit]) == (
+            "a: 12 of 20 processes were disturbed: its threads waited for a core (50 % of the time), "
+            "other programs used its cores (50 % of the time), the hypervisor took its cores away (50 % of the time)",
+        )
+
+    def test_a_process_that_two_causes_hit_is_one_process(self):
+        hit = [timings.process("a", 1000, others_ns=SECOND, stolen_ns=SECOND) for _ in range(2)]
+
+        assert run_of([*quiet(8), *hit]) == ()
+
+    def test_the_size_of_a_cause_is_its_median_over_the_processes_it_hit(self):
+        hit = [timings.process("a", 1000, throttled_ns=share * SECOND // 100) for share in (10, 25, 90)]
+
+        assert run_of([*quiet(2), *hit]) == ("a: 3 of 5 processes were disturbed: a CPU quota throttled it (25 % of the time)",)
+
+    def test_an_engine_is_doubted_by_its_own_processes_however_many_quiet_ones_others_have(self):
+        hit = [timings.process("b", 1000, waited_ns=SECOND // 2) for _ in range(3)]
+
+        assert run_of([*quiet(10), *quiet(2, "b"), *hit]) == (
+            "b: 3 of 5 processes were disturbed: its threads waited for a core (25 % of the time)",
+        )
+
+    def test_every_engine_that_was_disturbed_is_named(self):
+        hit = [timings.process(label, 1000, others_ns=SECOND) for label in ("a", "b") for _ in range(5)]
+
+        assert [doubt.partition(":")[0] for doubt in run_of([*hit, *quiet(label="c")])] == ["a", "b"]
 
     @pytest.mark.parametrize(("disturbed", "harm"), [(0, 0), (1, 0), (2, 0), (3, 1), (10, 1)])
     def test_a_few_disturbed_processes_do_no_harm(self, disturbed, harm):

@@ -368,6 +368,12 @@ class TestRulesOfTime:
         assert with_processes(needed) is not CANNOT_TELL
         assert with_processes(int(0.9 * needed)) is CANNOT_TELL
 
+    @pytest.mark.parametrize(("reach", "told"), [(9.994, "about 1000 processes"), (9.996, "no practical number of processes")])
+    def test_no_more_than_a_thousand_processes_are_advised(self, reach, told):
+        found = judge_time(parse_rule("latency <= 5 ms"), timing(3, 4, 4 + reach))
+
+        assert f"; {told} " in found.reason
+
     @pytest.mark.parametrize(("low", "observed", "high"), [(4, 5, 6), (4, 4.999999, 6), (-100, 0, inf), (nan, nan, nan)])
     def test_at_a_hair_from_the_limit_or_without_an_interval_no_number_is_promised(self, low, observed, high):
         found = judge_time(parse_rule("slowdown <= 5 %"), timing(low, observed, high))

@@ -334,6 +334,16 @@ class TestEveryRule:
     def test_allows_what_costs_nothing(self, runtime, case):
         assert told(case.model(*BASES[runtime]), runtime) == []
 
+    @pytest.mark.parametrize("bad", [0, -1, np.nan, np.inf])
+    @pytest.mark.parametrize("where", [slice(None), 3])
+    def test_a_weight_scale_that_is_none_is_named_once_and_not_as_a_wrong_scale_of_the_bias(self, bad, where):
+        scales = SCALES.copy()
+        scales[where] = bad
+
+        found = told(made(ONNXRUNTIME, {**CONSTANTS, **UINT8, "ws": scales}), "onnxruntime")
+
+        assert found == [("scale-not-positive", "wdq")]
+
     @pytest.mark.parametrize("runtime", RULES)
     def test_has_a_planted_violation_here_and_a_line_in_the_document(self, runtime):
         here = {case.rule for name, case in PLANTED if name == runtime} | {"not-quantized"}

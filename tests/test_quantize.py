@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import networks
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from deploykit import build, parity, quantize
+from deploykit import build, parity, quantize, runtimes
 from deploykit.artifact import Artifact, Precision
 from deploykit.errors import DataError, StageError, UsageError
 from deploykit.quantize import half, observe, optimal, place
@@ -50,6 +54,46 @@ def quantized_tensors(artifact: Artifact) -> dict[str, str]:
     weights = constants(artifact)
     pairs = [node for node in nodes_of(artifact) if node.op_type == "QuantizeLinear"]
     return {node.input[0]: node.input[1] for node in pairs if node.input[0] not in weights}
+
+
+# Each process has its objects at other addresses, by which a set of nodes or values is ordered.
+QUANTIZE = """
+import hashlib, random, sys
+import onnx_ir as ir
+from deploykit import runtimes
+from deploykit.quantize import place
+from deploykit.quantize.insert import insert
+from deploykit.quantize.ranges import Range
+
+scattered = [bytes(size) for size in range(400) for _ in range(200)]
+random.Random(int(sys.argv[2])).shuffle(scattered)
+del scattered[::2]
+for runtime in ("onnxruntime", "tensorrt"):
+    model, rules = ir.load(sys.argv[1]), runtimes.rules(runtime)
+    decided = place.plan(model.graph, rules)
+    insert(model, decided, dict.fromkeys(decided.uses, Range(-1, 1)), rules)
+    print(hashlib.sha256(ir.to_proto(model).SerializeToString()).hexdigest())
+"""
+
+
+def test_the_same_graph_gives_the_same_file_in_every_process(portable):
+    def digests(seed: int) -> str:
+        command = [sys.executable, "-c", QUANTIZE, str(portable("branches").path), str(seed)]
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    first, second, third = map(digests, (1, 2, 3))
+
+    assert len(first.split()) == 2
+    assert first == second == third
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_a_plan_names_its_activations_in_the_order_of_the_graph(portable, runtime):
+    graph = ir.load(portable("branches").path).graph
+    rules = runtimes.rules(runtime)
+
+    assert list(place.plan(graph, rules).uses) == place.tensors(graph, [rules])
 
 
 @pytest.mark.parametrize(("runtime", "dtype"), [("onnxruntime", "UINT8"), ("tensorrt", "INT8")])
@@ -126,6 +170,25 @@ class TestCalibration:
     def test_calibration_without_an_image_is_refused(self, portable):
         with pytest.raises(StageError, match="no image"):
             observe.observe(portable("lenet5").path, ["image"], [], total=0)
+
+    @pytest.mark.parametrize("images", [1, 2])
+    def test_of_a_tensor_that_does_not_count_images_first_every_row_is_observed(self, tmp_path, images):
+        body = "[cut] windows = Reshape(image, shape)  [turn] turned = Transpose<perm = [1, 0, 2, 3]>(image)"
+        source = networks.by_hand(tmp_path, f"{body}  [flat] logits = Flatten(windows)", {"shape": np.array([-1, 3, 4, 4])})
+        fixed = onnx.load(source.path)
+        fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        onnx.save(fixed, source.path)
+        pictures = networks.images(images, 8, seed=1)
+        pictures[0, 2, 7, 7] = 99  # in the last window and the last channel
+
+        seen = observe.observe(source.path, ["image", "windows", "turned"], [pictures], total=images)
+
+        assert {name: found.high for name, found in seen.items()} == dict.fromkeys(seen, 99)
+        assert {name: found.counts.sum() + found.zeros for name, found in seen.items()} == {
+            "image": pictures.size,
+            "windows": 2 * 3 * 8 * 8,
+            "turned": 2 * 3 * 8 * 8,
+        }
 
     def test_a_fixed_batch_that_the_last_images_do_not_fill_gives_the_ranges_of_a_dynamic_one(self, portable, tmp_path):
         fixed = networks.exported("lenet5", tmp_path / "fixed", batch=5)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch import nn
 
-from deploykit import pipeline, runtimes
+from deploykit import data, pipeline, runtimes
 from deploykit import recipe as recipes
-from deploykit.artifact import Artifact
+from deploykit.artifact import Artifact, read_artifact
 from deploykit.quantize import observe, place, sensitivity
 from deploykit.quantize.insert import activation_parameters
 from deploykit.quantize.ranges import QuantParameters, Range, minmax
@@ -398,26 +399,52 @@ class TestTheSearch:
 
     def test_asks_for_more_where_the_measured_ratio_stays_below_the_predicted(self, planted, runtime):
         case = planted(runtime)
-        case.pictures[8:] *= 3  # beyond the ranges, in pictures that the sweep does not see
+        case.pictures[np.arange(24) % 3 > 0] *= 3  # beyond the ranges, in pictures that the sweep does not see
         case.pictures.setflags(write=False)
         tried = case.search(most_float_percent=25)
-        assert tried.after_db < (tried.kept[-1].after_db + tried.after_db) / 2 < tried.kept[-1].after_db
-        wanted = (tried.kept[-1].after_db + tried.after_db) / 2
+        assert tried.after_db < tried.kept[-1].after_db - 1
+        wanted = tried.after_db + 0.1
 
-        found = case.search(min_sqnr_db=wanted, most_float_percent=100)
+        found = case.search(target_sqnr_db=wanted, most_float_percent=100)
 
         graph = case.model.graph
         assert len(keep_float(graph, case.rules, [], found.errors, target_db=wanted, most=9)) == 1
         assert len(found.kept) > 1
         assert found.after_db >= wanted
 
+    def test_begins_with_what_the_prediction_was_too_good_by(self, planted, runtime):
+        case = planted(runtime)
+        case.pictures[np.arange(24) % 3 > 0] *= 3  # beyond the ranges, in pictures that the sweep does not see
+        always = ("middle",)
+        everything = case.search(float_layers=always, target_sqnr_db=0, sensitivity=True)
+        predicted = decibels(everything.errors.total(place.plan(case.model.graph, case.rules, always)))
+        assert everything.before_db < predicted - 1
+        # A ratio that is reached with all the others in int8, if the prediction is to be believed.
+        wanted = everything.before_db + 0.1
+
+        found = case.search(float_layers=always, target_sqnr_db=wanted, most_float_percent=100)
+
+        assert found.kept
+        assert found.after_db >= wanted
+
+    @pytest.mark.parametrize(("count", "swept"), [(5, range(5)), (8, range(8)), (24, range(0, 24, 3)), (27, range(0, 24, 3))])
+    def test_the_sweep_sees_pictures_from_everywhere(self, planted, runtime, monkeypatch, count, swept):
+        case = replace(planted(runtime), pictures=networks.images(count, 8, seed=3))
+        seen: list[np.ndarray] = []
+        sweep = sensitivity.sweep
+        monkeypatch.setattr(sensitivity, "sweep", lambda *a, **options: seen.append(a[4]) or sweep(*a, **options))
+
+        case.search()
+
+        assert np.array_equal(seen[0], case.pictures[list(swept)])
+
     def test_stops_where_no_more_layers_may_stay_in_float_however_noisy_the_rest_is(self, planted, runtime):
-        found = planted(runtime).search(min_sqnr_db=200, most_float_percent=50)
+        found = planted(runtime).search(target_sqnr_db=200, most_float_percent=50)
 
         assert len(found.kept) == 2
         assert found.before_db < found.after_db < found.wanted_db
 
-    @pytest.mark.parametrize("table", [{"min_sqnr_db": 0}, {"most_float_percent": 0}])
+    @pytest.mark.parametrize("table", [{"target_sqnr_db": 0}, {"most_float_percent": 0}])
     def test_keeps_none_where_that_is_asked_for(self, planted, runtime, table):
         found = planted(runtime).search(**table)
 
@@ -434,7 +461,7 @@ class TestTheSearch:
         ranges = dict.fromkeys(("image", "f"), Range(-127, 127) if runtime == "tensorrt" else Range(0, 255))
         case = Subject(source.path, runtimes.rules(runtime), ranges, pictures)
 
-        found = case.search(min_sqnr_db=0, most_float_percent=100)
+        found = case.search(target_sqnr_db=0, most_float_percent=100)
 
         assert found.before_db < -30
         assert found.kept == ()
@@ -517,12 +544,15 @@ class TestAWholeRun:
         assert result["engines"][0]["search"] is None
 
     def test_the_gate_passes_and_names_the_layer_with_its_reason(self, saved):
-        gate = next(gate for gate in saved[0]["gates"] if gate["rule"] == "onnxruntime int8: every layer runs in int8")
+        gate = next(
+            gate for gate in saved[0]["gates"] if gate["rule"] == "onnxruntime int8: every layer meant for int8 runs in it"
+        )
 
         assert gate["verdict"] == "pass"
-        assert gate["reason"].startswith(
-            "2 of 3 layers run in int8; kept in float: middle/Conv (too sensitive: in int8 the output has "
-        )
+        assert gate["reason"].startswith("2 of 3 layers run in int8; kept in float: middle/Conv (too sensitive: ")
+        step = self.int8(saved[0])[0]["search"]["kept"][0]
+        expected = f"{step['before_db']:.1f} dB expected at the output with it in int8, {step['after_db']:.1f} without"
+        assert f"middle/Conv (too sensitive: {expected})" in gate["reason"]
 
     def test_the_summary_of_the_stage_says_both_ratios(self, saved):
         stages = {stage["name"]: stage["summary"] for stage in saved[0]["stages"]}
@@ -539,7 +569,7 @@ class TestAWholeRun:
         search = self.int8(saved[0])[1]["search"]
         gained = f"{search['before_db']:.1f} to {search['after_db']:.1f} dB"
         assert f"tensorrt int8: 1 sensitive layer stays in float: middle/Conv (SQNR {gained})" in said
-        assert "min_sqnr_db" not in said
+        assert "target_sqnr_db" not in said
 
     def test_a_second_run_skips_every_stage(self, saved):
         again = pipeline.run(recipes.load(saved[1] / "recipe.toml"), saved[1])
@@ -547,18 +577,34 @@ class TestAWholeRun:
         assert {stage["status"] for stage in again["stages"]} == {"skipped", "not built"}
         assert [engine["search"] for engine in again["engines"]] == [engine["search"] for engine in saved[0]["engines"]]
 
+    def test_the_noise_is_measured_on_pictures_from_the_whole_folder(self, saved, photos, tmp_path, monkeypatch):
+        run = shutil.copytree(saved[1], tmp_path / "run")
+        shutil.rmtree(run / "quantize-tensorrt")
+        seen: list[np.ndarray] = []
+        search = sensitivity.search
+        monkeypatch.setattr(sensitivity, "search", lambda *a, **options: seen.append(a[4]) or search(*a, **options))
+        monkeypatch.setattr(pipeline, "_PROBED", 4)
+
+        pipeline.run(recipes.load(run / "recipe.toml"), run)
+
+        how = read_artifact(run / "export-onnx").preprocess
+        everything = next(data.folder(photos, labelled=False).batches(how, 12))
+        (found,) = seen
+        places = [next(index for index, one in enumerate(everything) if np.array_equal(one, picture)) for picture in found]
+        assert [place // 3 for place in places] == [0, 1, 2, 3]
+
     def test_a_ratio_that_is_not_reached_is_a_warning(self, run_planted):
-        found, _ = run_planted("noisy", min_sqnr_db=100.0)
+        found, _ = run_planted("noisy", target_sqnr_db=100.0)
 
         said = text.run(found)
         for engine in self.int8(found):
             assert engine["search"]["after_db"] < 100
             assert f"warning: {engine['label']}: SQNR {engine['search']['after_db']:.1f} dB on calibration images" in said
-        assert "with 1 layer in float, and quantize.min_sqnr_db asks for 100" in said
+        assert "with 1 layer in float, and quantize.target_sqnr_db asks for 100" in said
 
     def test_random_weights_are_not_searched(self, run_planted):
-        found, _ = run_planted("random", weights="none", min_sqnr_db=200.0)
+        found, _ = run_planted("random", weights="none", target_sqnr_db=200.0)
 
         nothing = {"wanted_db": None, "before_db": None, "after_db": None, "kept": [], "spared": [], "errors": None}
         assert [engine["search"] for engine in self.int8(found)] == [nothing, nothing]
-        assert "min_sqnr_db" not in text.run(found)
+        assert "target_sqnr_db" not in text.run(found)

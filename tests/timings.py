@@ -57,11 +57,16 @@ def report(
     again: Sequence[int] | None = None,
     machine: Machine = HERE,
     seed: int = 0,
+    engines: Mapping[str, object] | None = None,
     **changed: Any,
 ) -> BenchmarkReport:
-    """One process of one query for each of the `medians`; the first engine, the baseline, with those of `again` as well."""
+    """One process for each of the `medians`; the first engine, the baseline, with those of `again` as well. Each has one latency,
+    and the settings say what `deploykit benchmark` asks for by default.
+
+    `engines` is what is said about each of them (network, input, threads), `changed` are the conditions of all processes.
+    """
     baseline, *_ = medians
     ran = [process(label, latency, **changed) for label, found in medians.items() for latency in found]
     ran += [process(baseline, latency, again=True, **changed) for latency in (medians[baseline] if again is None else again)]
-    settings = {"processes": max(map(len, medians.values())), "queries": 1, "seed": seed}
-    return BenchmarkReport(tuple(ran), baseline, settings, machine)
+    settings = {"processes": max(map(len, medians.values())), "queries": 30, "warmup": 5, "seed": seed}
+    return BenchmarkReport(tuple(ran), baseline, {**settings, "engines": dict(engines or {})}, machine)

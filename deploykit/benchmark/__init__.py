@@ -20,7 +20,7 @@ from typing import Any
 
 from deploykit.artifact import Artifact
 from deploykit.benchmark import validity
-from deploykit.benchmark.report import BenchmarkReport, Process
+from deploykit.benchmark.report import BenchmarkReport, Process, about
 from deploykit.errors import DeploykitError
 from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
@@ -61,7 +61,8 @@ def benchmark(
             order.append((label, again))
             again_at_most -= 1
     progress("benchmark", len(order), len(order))
-    return BenchmarkReport(tuple(found), baseline, {**request, "processes": processes, "seed": seed}, Machine.probe())
+    settings = {**request, "processes": processes, "seed": seed, "engines": {label: about(e) for label, e in engines.items()}}
+    return BenchmarkReport(tuple(found), baseline, settings, Machine.probe())
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:

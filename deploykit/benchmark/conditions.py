@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from deploykit.machine import available_cores
+
 _ROOT = Path("/")
 _FIXED_WORK = bytes(1 << 18)  # fits any second-level cache, so that the loop measures the clock and not the memory
 _HASHES = 8
@@ -93,7 +95,9 @@ class Watch:
         self.look()
         # Others' time is what these cores were busy beyond this process; jiffies are coarse, so it can come out below zero.
         busy = spent.pop("busy_ns")
-        others = None if busy is None else max(0, busy - (spent["cpu_ns"] or 0))
+        # Under a container's quota for fewer cores than it sees, the rest of them are other people's, and no disturbance.
+        is_shared = available_cores() < len(self._cores)
+        others = None if busy is None or is_shared else max(0, busy - (spent["cpu_ns"] or 0))
         self.conditions = Conditions(
             cores=len(self._cores),
             waited_ns=sum(ns - self._waited.get(thread, 0) for thread, ns in waited.items()) if waited else None,

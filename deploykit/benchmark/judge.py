@@ -6,18 +6,22 @@ This module runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from deploykit import publish
 from deploykit.benchmark.report import BenchmarkReport, Measured
 from deploykit.benchmark.statistics import Difference, difference
-from deploykit.errors import UsageError, printable
+from deploykit.errors import UsageError, printable, translating_os_errors
 from deploykit.gate import GateResult, Rule, Timing, judge_time
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 
 _SCHEMA = "deploykit benchmark 1"
-_SIZE_LIMIT_BYTES = 1 << 30
+_SIZE_LIMIT_BYTES = 64 << 20
+_SAME_CLOCK = 1.05
 
 
 def judge(rule: Rule, report: BenchmarkReport, label: str, baseline: str | None = None) -> GateResult:
@@ -37,12 +41,24 @@ def judge_slowdown(rule: Rule, found: Difference, doubts: tuple[str, ...]) -> Ga
 
 def judge_since(rule: Rule, report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> GateResult:
     """Judge a slowdown of `label` since an earlier run; when either run is not valid, nothing can be told."""
-    doubts = (*report.doubts, *(f"in the baseline, {doubt}" for doubt in earlier.doubts))
+    doubts = (*report.doubts, *(f"in the baseline, {doubt}" for doubt in earlier.doubts), *_other_clock(report, earlier))
     return judge_slowdown(rule, since(report, earlier, label), doubts)
 
 
+def _other_clock(report: BenchmarkReport, earlier: BenchmarkReport) -> list[str]:
+    """Neither run knows whether the machine itself was slower in the other; the fixed work that both did says so."""
+    now, then = (
+        median(time for process in run.counted for time in process.conditions.fixed_work_ns) for run in (report, earlier)
+    )
+    if max(now, then) <= _SAME_CLOCK * min(now, then):
+        return []
+    return [
+        f"the same fixed work took {then / 1e3:.0f} µs in the baseline and {now / 1e3:.0f} µs now: the machine's clock changed"
+    ]
+
+
 def since(report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> Difference:
-    """How `label` compares with itself in an earlier run, or with that run's only engine.
+    """How `label` compares with itself in an earlier run.
 
     Nothing was shuffled between two runs, so the noise floor is the larger of both.
 
@@ -54,11 +70,34 @@ def since(report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> Diff
 
 
 def counterpart(earlier: BenchmarkReport, label: str) -> Measured:
-    """What `label` is compared with in an earlier run. Raises UsageError when it holds several others."""
+    """What `label` is compared with in an earlier run: the engine of that name. Raises UsageError when it has none."""
     names = [engine.label for engine in earlier.engines]
-    if label not in names and len(names) > 1:
+    if label not in names:
         raise UsageError(f"the baseline does not hold {label!r}", why=f"it holds {', '.join(names)}")
-    return earlier.engine(label if label in names else names[0])
+    return earlier.engine(label)
+
+
+def check_same_engine(earlier: BenchmarkReport, label: str, here: Mapping[str, Any]) -> None:
+    """Raises UsageError when what was measured under this label in an earlier run was another network, input or build."""
+    counterpart(earlier, label)
+    there = earlier.settings.get("engines", {}).get(label, {})
+    different = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
+    if different:
+        raise UsageError(
+            f"the baseline's {label!r} is something else", problems=different, fix="measure a baseline of this engine"
+        )
+
+
+def check_same_queries(earlier: BenchmarkReport, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError when an earlier run was warmed up otherwise or asked another number of queries."""
+    here = {key: settings[key] for key in ("queries", "warmup")}
+    different = [
+        f"{key}: {earlier.settings.get(key)} there, {value} here"
+        for key, value in here.items()
+        if earlier.settings.get(key) != value
+    ]
+    if different:
+        raise UsageError("the baseline was measured with other settings", problems=different, fix="give the same ones")
 
 
 def check_same_machine(earlier: BenchmarkReport, here: Machine) -> None:
@@ -78,7 +117,8 @@ def check_same_machine(earlier: BenchmarkReport, here: Machine) -> None:
 
 def save(report: BenchmarkReport, path: Path) -> None:
     """Write the raw samples as JSON."""
-    publish.write_file(path, json.dumps({"schema": _SCHEMA, **_mapping(report)}).encode())
+    with translating_os_errors("write the raw samples", path):
+        publish.write_file(path, json.dumps({"schema": _SCHEMA, **_mapping(report)}).encode())
 
 
 def load(path: Path) -> BenchmarkReport:

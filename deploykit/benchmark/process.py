@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from deploykit import runtimes
-from deploykit.artifact import Artifact, Samples, read_artifact
+from deploykit.artifact import Samples, read_artifact
 from deploykit.benchmark.conditions import Watch, peak_bytes
+from deploykit.benchmark.report import images_per_query
 from deploykit.benchmark.scenarios import NullSession, offline, single_stream
 from deploykit.errors import DeploykitError
 from deploykit.jsonable import to_json
@@ -59,12 +60,6 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "conditions": to_json(watch.conditions),
     }
-
-
-def images_per_query(engine: Artifact) -> int:
-    """One, or the batch that is fixed in the engine."""
-    batch = engine.inputs[0].shape[0]
-    return batch if isinstance(batch, int) else 1
 
 
 def _batches_of(samples: Samples, size: int) -> list[dict[str, Any]]:

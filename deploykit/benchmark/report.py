@@ -10,11 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deploykit.artifact import Artifact
 from deploykit.benchmark import validity
 from deploykit.benchmark.conditions import Conditions
 from deploykit.benchmark.statistics import Difference, Interval, difference, median_interval, noise_floor, percentile_bound
 from deploykit.errors import UsageError
 from deploykit.machine import Machine
+
+_LONGEST_NS = 2**53  # a hundred days, and the largest number that every reader of JSON holds exactly
+
+
+def about(engine: Artifact) -> dict[str, Any]:
+    """What makes two measurements of one label comparable: network, input and threads."""
+    return {
+        "model": str(engine.facts.get("model")),
+        "input": [list(spec.shape) for spec in engine.inputs],
+        "threads": engine.settings.get("intra_op_num_threads"),
+    }
+
+
+def images_per_query(engine: Artifact) -> int:
+    """One, or the batch that is fixed in the engine."""
+    batch = engine.inputs[0].shape[0]
+    return batch if isinstance(batch, int) else 1
 
 
 @dataclass(frozen=True)
@@ -42,9 +60,10 @@ class Process:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Process:
         """The inverse of `jsonable.to_json`. Raises KeyError, TypeError or ValueError for what is no such process."""
-        lists = {key: tuple(map(int, value[key])) for key in ("latency_ns", "end_to_end_ns")}
-        if not all(lists.values()) or min(map(min, lists.values())) < 1:
-            raise ValueError("a process has no latencies, or one of zero")
+        lists: dict[str, Any] = {key: tuple(map(int, value[key])) for key in ("latency_ns", "end_to_end_ns")}
+        if not all(lists.values()) or min(map(min, lists.values())) < 1 or max(map(max, lists.values())) > _LONGEST_NS:
+            raise ValueError("a process has no latencies, or one of zero, or of years")
+        lists |= {key: int(value[key]) for key in ("images_per_query", "load_ns", "first_ns", "idle_bytes", "peak_bytes")}
         offline = tuple((int(batch), float(per_second)) for batch, per_second in value["offline"])
         conditions = Conditions.from_json(value["conditions"])
         return cls(**{**value, **lists, "offline": offline, "conditions": conditions})
@@ -118,6 +137,9 @@ class BenchmarkReport:
             raise ValueError(f"its baseline {baseline!r} was not measured twice")
         if int(settings["processes"]) < 1 or int(settings["seed"]) < 0:
             raise ValueError("its settings are out of range")
+        engines = settings.get("engines", {})
+        if not isinstance(engines, Mapping) or not all(isinstance(engine, Mapping) for engine in engines.values()):
+            raise ValueError("its settings do not say what its engines are")
         return cls(processes, baseline, settings, Machine.from_json(value["machine"]))
 
     @property

@@ -32,7 +32,7 @@ def doubts(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -
     """Every reason not to believe a run: `engines` by label, and all processes in the `order` in which they ran."""
     return (
         *_too_few(engines),
-        *_disturbed([process.conditions for process in order]),
+        *_disturbed(engines),
         *_clock([process.conditions for process in order]),
         *_drift_inside(engines),
         *_drift_over_the_run(engines, order),
@@ -45,16 +45,17 @@ def _too_few(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
             yield f"{label}: {len(processes)} processes, and an interval takes at least {FEWEST_PROCESSES}"
 
 
-def _disturbed(all_conditions: Sequence[Conditions]) -> Iterable[str]:
-    """Causes that the kernel counted, each with the share of processes it hit."""
-    causes: dict[str, list[float]] = {}
-    for conditions in all_conditions:
-        for cause, share in disturbances(conditions).items():
-            causes.setdefault(cause, []).append(share)
-    for cause, shares in causes.items():
-        if len(shares) > _DISTURBED_SHARE * len(all_conditions):
-            typical = 100 * statistics.median(shares)
-            yield f"{cause} in {len(shares)} of {len(all_conditions)} processes (typically {typical:.0f} % of the time)"
+def _disturbed(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
+    """Engines of whose processes too many were disturbed, whatever the cause, with what the kernel counted."""
+    for label, processes in engines.items():
+        found = [causes for process in processes if (causes := disturbances(process.conditions))]
+        if len(found) > _DISTURBED_SHARE * len(processes):
+            names = dict.fromkeys(cause for causes in found for cause in causes)
+            told = [
+                f"{cause} ({100 * statistics.median(causes[cause] for causes in found if cause in causes):.0f} % of the time)"
+                for cause in names
+            ]
+            yield f"{label}: {len(found)} of {len(processes)} processes were disturbed: {', '.join(told)}"
 
 
 def disturbances(c: Conditions) -> dict[str, float]:

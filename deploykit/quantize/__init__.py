@@ -104,7 +104,7 @@ def quantize(
     _check_claims(path, decided)
     onnxruntime.literally(model, path, model.samples()).save(folder / SAMPLES)
     why = {
-        step.layer: f"too sensitive: in int8 the output has {step.before_db:.1f} dB, without {step.after_db:.1f}"
+        step.layer: f"too sensitive: {step.before_db:.1f} dB expected at the output with it in int8, {step.after_db:.1f} without"
         for step in search.kept
     }
     return replace(

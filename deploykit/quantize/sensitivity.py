@@ -79,7 +79,7 @@ def search(
 
     `model` is the float graph; it is left as it is.
     """
-    always, wanted_db = settings.float_layers, settings.min_sqnr_db
+    always, wanted_db = settings.float_layers, settings.target_sqnr_db
     decided = place.plan(model.graph, rules, always)
     wanted = _answers(ir.to_proto(model).SerializeToString(), images, optimise=True)
     before = after = _sqnr_db(model, rules, ranges, always, images, wanted)
@@ -88,10 +88,12 @@ def search(
     if enough and not settings.sensitivity:
         return Search(wanted_db, before, before)
     parameters = activation_parameters(decided, ranges, rules)
-    errors = sweep(model, decided, parameters, rules, images[:_SWEPT], progress=progress)
-    most = math.ceil(len(place.claimed(decided)) * settings.most_float_percent / 100)
+    errors = sweep(model, decided, parameters, rules, images[:: max(1, len(images) // _SWEPT)][:_SWEPT], progress=progress)
+    layers = len(place.claimed(decided))
+    most = min(math.ceil(layers * settings.most_float_percent / 100), layers - 1)  # none in int8 would be no INT8
     kept: list[Kept] = []
-    optimism = 0.0
+    # What is predicted from a few images can be too good; ask for that much more until the measured ratio is reached.
+    optimism = max(0.0, decibels(errors.total(decided)) - before)
     while not enough:
         more = keep_float(model.graph, rules, always, errors, target_db=wanted_db + optimism, most=most)
         if len(more) == len(kept):
@@ -99,8 +101,9 @@ def search(
         kept = more
         after = _sqnr_db(model, rules, ranges, [*always, *(step.layer for step in kept)], images, wanted)
         enough = after >= wanted_db
-        # What is predicted from a few images can be too good; ask for that much more until the measured ratio is reached.
         optimism = max(0.0, kept[-1].after_db - after) + _STEP_DB
+    if after <= before:  # what gains nothing is not kept
+        kept, after = [], before
     left = place.plan(model.graph, rules, [*always, *(step.layer for step in kept)]).uses
     return Search(wanted_db, before, after, tuple(kept), tuple(name for name in decided.uses if name not in left), errors)
 
@@ -144,7 +147,7 @@ def sweep(
 def keep_float(
     graph: ir.Graph, rules: QdqRules, chosen: Sequence[str], errors: Errors, *, target_db: float, most: int
 ) -> list[Kept]:
-    """The fewest layers, at most `most`, that have to stay in float for the expected SQNR to reach `target_db`.
+    """Few layers, at most `most`, that stay in float for the expected SQNR to reach `target_db`.
 
     Greedy: each step keeps the layer that removes most of the noise, together with every quantization that is no longer
     needed once it is float. `chosen` are names or patterns that stay in float anyway. Fewer than would reach the target are

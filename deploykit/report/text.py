@@ -84,7 +84,8 @@ def benchmark(result: Mapping[str, Any]) -> str:
     for ratio in result["ratios"]:
         low, high = ratio["interval"]
         told = "different" if ratio["different"] else "no difference can be told"
-        seen = f"it would tell {100 * ratio['smallest_visible']:.1f} % from none"
+        told = told if result["verdict"] == "valid" and (result["baseline_verdict"] or "valid") == "valid" else "invalid run"
+        seen = f"the smallest difference that would be seen is {100 * ratio['smallest_visible']:.1f} %"
         parts.append(f"{ratio['label']}: {ratio['ratio']:.3f} (95 % {low:.3f} to {high:.3f}), {told}; {seen}")
     parts += [_gates(result["gates"])] * bool(result["gates"])
     parts.append(f"the run is {result['verdict']}")
@@ -157,7 +158,7 @@ def _too_noisy(result: Mapping[str, Any]) -> Iterator[str]:
             kept = units.plural(len(found["kept"]), "layer")
             yield (
                 f"{engine['label']}: SQNR {found['after_db']:.1f} dB on calibration images with {kept} in float, and "
-                f"quantize.min_sqnr_db asks for {found['wanted_db']:g}"
+                f"quantize.target_sqnr_db asks for {found['wanted_db']:g}; quantize.most_float_percent is how many may stay there"
             )
 
 

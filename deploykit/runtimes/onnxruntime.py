@@ -29,6 +29,9 @@ from deploykit.runtimes import LayerPrecision, Realised, answers, check_inputs, 
 from deploykit.runtimes.onnx_nodes import Node, read_nodes
 
 ENGINE = "engine.onnx"
+# It quantizes, per tensor, the float weights of a layer between a DequantizeLinear and a QuantizeLinear: exactly those
+# layers that were kept in float.
+_NOT_OURS = ("WeightBiasQuantization",)
 SETTINGS = "session.json"
 _DTYPES = {
     "tensor(float)": "float32",
@@ -103,7 +106,7 @@ def build(model: Artifact, folder: Path, *, threads: int) -> Artifact:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(folder / ENGINE)
     try:
-        _open(model.path.read_bytes(), options, model.path)
+        _open(model.path.read_bytes(), options, model.path, disabled=_NOT_OURS)
     except DeploykitError:
         # ONNX Runtime calls a full disk a failed serialization; one more file of that size makes the disk itself answer.
         (folder / "probe").write_bytes(bytes(model.path.stat().st_size))
@@ -242,9 +245,13 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def _open(content: bytes, options: onnxruntime.SessionOptions, path: Path) -> onnxruntime.InferenceSession:
+def _open(
+    content: bytes, options: onnxruntime.SessionOptions, path: Path, *, disabled: Sequence[str] = ()
+) -> onnxruntime.InferenceSession:
     """Bytes, not a path: ONNX Runtime then refuses external data, which is how a model reads foreign files."""
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+        )
     except Exception as error:  # onnxruntime raises classes of its own that share no base below Exception
         raise DeploykitError(f"ONNX Runtime refuses {printable(path)}", why=str(error).strip()) from error

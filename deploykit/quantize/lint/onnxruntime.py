@@ -279,6 +279,8 @@ def _bias_problem(view: View, node: ir.Node) -> str:
         return ""
     if zeros is not None and zeros.any():
         return "its bias has a zero point"
+    if not (np.isfinite(wanted).all() and (wanted > 0).all()):
+        return ""  # that is another rule's business
     flat = found.ravel().astype(np.float64)
     if flat.size not in (1, wanted.size) or (flat.size != wanted.size and np.ptp(wanted) > 0):
         return f"its bias has {flat.size} scales, its weights have {wanted.size}"
