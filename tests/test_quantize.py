@@ -152,7 +152,7 @@ class TestCalibration:
 
         peak(2)  # warm-up: imports and caches
 
-        assert peak(40) < 1.2 * peak(4)
+        assert peak(40) < 2 * peak(4)  # two threads may hold two tensors at once, or one
 
     def test_the_batch_shrinks_until_all_observed_activations_fit_the_budget(self):
         assert observe.batch_size({"a": 1 << 20, "b": 1 << 20}, budget_bytes=8 << 20) == 4

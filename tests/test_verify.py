@@ -59,6 +59,31 @@ class TestThePrecisionGate:
         assert found.verdict is Verdict.PASS
         assert "kept in float: head (the recipe keeps it in float)" in found.reason
 
+    def test_a_layer_kept_in_float_between_int8_ones_is_float_in_the_engine(self, tmp_path):
+        values = {"u": networks.weights(8, 3, 3, 3), "v": networks.weights(8, 8, 3, 3), "w": networks.weights(8, 8, 3, 3)}
+        values |= {"n": networks.weights(8, 4), "b": networks.weights(4)}
+        body = (
+            "[first] a = Conv(image, u)  [pool] p = MaxPool<kernel_shape = [2, 2]>(a)  [middle] c = Conv(p, v)  "
+            "[last] d = Conv(c, w)  [top] t = GlobalAveragePool(d)  [flat] f = Flatten(t)  [head] logits = Gemm(f, n, b)"
+        )
+        source = networks.by_hand(tmp_path / "source", body, values)
+        model = networks.quantized(source, "onnxruntime", tmp_path / "int8", float_layers=("middle",))
+        engine = Engine.of("onnxruntime", model, build.build(model, "onnxruntime", networks.made(tmp_path / "engine")))
+        assert engine.realised is not None
+
+        assert {layer.name: layer.precision for layer in engine.realised.layers}["middle"] == "fp32"
+        assert _realised_gate(engine).verdict is Verdict.PASS
+
+    def test_a_layer_to_be_kept_in_float_that_runs_in_int8_fails_it(self, tmp_path):
+        engine = self.engine(tmp_path, "head")
+        assert engine.realised is not None
+        layers = tuple(replace(layer, precision="int8") for layer in engine.realised.layers)
+
+        found = _realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
+
+        assert found.verdict is Verdict.FAIL
+        assert found.reason.endswith("in int8 although they were to stay in float: head")
+
     def test_a_quantized_layer_that_the_engine_runs_in_float_fails_it(self, tmp_path):
         engine = self.engine(tmp_path, "head")
         assert engine.realised is not None
