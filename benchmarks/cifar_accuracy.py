@@ -2,7 +2,8 @@
 
 usage: python benchmarks/cifar_accuracy.py --images DIR --checkpoint NETWORK=FILE [--checkpoint ...] [--output DIR]
 
-DIR holds `train/<class>/` for calibration and `test/<class>/` for the judgement; all networks see the same test images.
+INT8 is plain min/max here; `int8_accuracy.py` compares what deploykit does by default with its peers. DIR holds
+`train/<class>/` for calibration and `test/<class>/` for the judgement; all networks see the same test images.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             common = ["--weights", checkpoint, "--validate", str(arguments.images / "test"), "--set", "benchmark.enabled=false"]
             calibrate = ["--int8", "--calibrate", str(arguments.images / "train"), "--calibration-images", "256"]
+            plain = ("method=minmax", "equalize=false", "target_sqnr_db=0")  # the simplest INT8 there is
+            calibrate += [word for setting in plain for word in ("--set", f"quantize.{setting}")]
             engines = _export(network, *common, *calibrate, "--to", "onnxruntime", "--to", "tensorrt", folder=Path(scratch, "a"))
             script = _export(network, *common, "--to", "torchscript", folder=Path(scratch, "b"))
         results[network] = [*engines["parity"], *script["parity"]]
