@@ -340,6 +340,12 @@ class TestDoubts:
 
         assert run_of(drifting) == (f"everything got {words} from the first third of the run to the last",)
 
+    def test_processes_at_two_latencies_in_any_order_do_not_drift(self):
+        # A third of the run has a median of 1000, the last one of 2000, and so have many other orders of them.
+        times = (1000, 2000, 1000, 1000, 2000, 1000, 2000, 1000, 2000, 1000, 2000, 1000, 2000, 2000, 1000)
+
+        assert run_of([timings.process("a", ns) for ns in times]) == ()
+
     def test_engines_of_different_speed_do_not_drift_when_one_comes_after_the_other(self):
         assert run_of([*(timings.process("a", 1000) for _ in range(10)), *(timings.process("b", 9000) for _ in range(10))]) == ()
 
