@@ -43,7 +43,7 @@ def main() -> NoReturn:
             click.echo(json.dumps({"error": facts, "exit_code": error.exit_code}))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; finished stages are kept, and the same command goes on from there", err=True)
+        click.echo("interrupted; what a run had finished is kept, and the same command goes on from there", err=True)
         sys.exit(_INTERRUPTED)
 
 

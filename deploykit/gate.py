@@ -37,7 +37,7 @@ _Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 
 class Verdict(str, Enum):
-    """What a gate says. `cannot tell` is neither: more images would decide it."""
+    """What a gate says. `cannot tell` is neither: more images or processes, or an undisturbed run, would decide it."""
 
     PASS = "pass"  # noqa: S105 - a verdict, not a password
     FAIL = "fail"

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from deploykit.benchmark.statistics import (
     Difference,
     difference,
-    fewest_queries,
     median_interval,
     noise_floor,
     percentile_bound,
@@ -188,7 +187,6 @@ class TestPercentiles:
 
     @pytest.mark.parametrize(("percentile", "queries"), [(50, 11), (90, 64), (95, 130), (99, 662), (99.9, 6636)])
     def test_with_fewer_queries_than_it_takes_no_percentile_is_stated(self, percentile, queries):
-        assert fewest_queries(percentile) == queries
         assert percentile_bound(range(queries - 1), percentile) is None
         assert percentile_bound(range(queries), percentile) == queries - 1
 

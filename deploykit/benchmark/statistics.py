@@ -97,16 +97,6 @@ def percentile_bound(queries: Sequence[float], percentile: float) -> float | Non
     return None if allowed < 1 else float(np.partition(np.asarray(queries, float), len(queries) - allowed)[-allowed])
 
 
-def fewest_queries(percentile: float) -> int:
-    """How many queries it takes to state a percentile."""
-    count = 1
-    while _allowed_above(count, 1 - percentile / 100) < 1:
-        count += max(1, count // 64)
-    while _allowed_above(count - 1, 1 - percentile / 100) >= 1:
-        count -= 1
-    return count
-
-
 def _allowed_above(count: int, share: float) -> int:
     """The largest t with P(at most t of `count` queries lie above the percentile) <= 1 - confidence; -1 for none."""
     most = min(count, ceil(count * share))

@@ -109,7 +109,7 @@ class Entry:
 
 
 REGISTRY: Mapping[str, Entry] = {
-    # uint8 activations: on x86 the kernels for signed ones are 2.7 times slower (ResNet-50, AVX512-VNNI).
+    # uint8 activations: on x86 signed ones with two readers, as at every residual, are not fused (docs/decisions.md).
     "onnxruntime": Entry(
         "deploykit.runtimes.onnxruntime",
         "onnxruntime",
