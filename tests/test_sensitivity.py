@@ -412,6 +412,13 @@ class TestTheSearch:
         assert len(found.kept) > 1
         assert found.after_db >= wanted
 
+    def test_keeps_nothing_that_gains_nothing(self, planted, runtime, monkeypatch):
+        monkeypatch.setattr(sensitivity, "_sqnr_db", lambda *_: 14.0)  # whatever stays in float
+
+        found = planted(runtime).search()
+
+        assert (found.before_db, found.after_db, found.kept, found.spared) == (14.0, 14.0, (), ())
+
     def test_begins_with_what_the_prediction_was_too_good_by(self, planted, runtime):
         case = planted(runtime)
         case.pictures[np.arange(24) % 3 > 0] *= 3  # beyond the ranges, in pictures that the sweep does not see
