@@ -1,6 +1,9 @@
 """What one export costs: wall time of the whole command, and the largest resident memory of any of its processes.
 
-usage: python benchmarks/export_cost.py [MODEL] --images DIR [--to onnxruntime] [--output DIR]
+usage: python benchmarks/export_cost.py [MODEL] --images DIR [--weights none] [--to onnxruntime] [--output DIR]
+
+With --weights FILE, a checkpoint, weights are also rounded on calibration images and the noise of INT8 is measured, which
+random weights are spared.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="resnet50")
     parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--weights", default="none")
     parser.add_argument("--to", default="onnxruntime")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        words = ["export", arguments.model, "--weights", "none", "--to", arguments.to, "--int8"]
+        words = ["export", arguments.model, "--weights", arguments.weights, "--to", arguments.to, "--int8"]
         words += ["--calibrate", str(arguments.images), "--output", str(Path(scratch, "run"))]
         start = monotonic()
         child = subprocess.Popen([sys.executable, "-m", "deploykit", *words], stdout=subprocess.DEVNULL)
@@ -39,7 +43,8 @@ def main() -> None:
         f"{arguments.model} --to {arguments.to} --int8: {wall:.1f} s, at most {max(peaks.values()) / 1024:.0f} MiB in any process"
     )
     content = {"wall_s": wall, "peak_kib": sorted(peaks.values(), reverse=True)}
-    write(f"export_cost_{arguments.model}_{arguments.to}", content, arguments.output)
+    kind = "" if arguments.weights == "none" else "_checkpoint"
+    write(f"export_cost_{arguments.model}_{arguments.to}{kind}", content, arguments.output)
 
 
 def _family(pid: int) -> list[int]:

@@ -98,5 +98,7 @@ def translating_os_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def printable(path: str | Path) -> str:
-    """A path as text that any terminal can print: bytes that are not UTF-8 appear as \\xNN."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A path or name as text that any terminal can print, on one line: bytes that are not UTF-8 appear as \\xNN, and so do
+    characters that move the cursor, change colours or the direction of writing."""
+    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -95,7 +95,8 @@ def tidy(model: ir.Model) -> None:
     """Restore the field's own operators, then rename and strip, in place.
 
     The exporter writes global pooling as ReduceMean over a constant and flattening as Reshape; ONNX Runtime and TensorRT
-    have int8 kernels for GlobalAveragePool and none for ReduceMean. Its stack traces carry paths of this machine.
+    have int8 kernels for GlobalAveragePool and none for ReduceMean. GELU comes as x * (0.5 * (1 + erf)), which ONNX
+    Runtime's fusion does not know. Its stack traces carry paths of this machine.
     """
     for node in list(model.graph):
         if node.op_type == "ReduceMean":
@@ -103,6 +104,9 @@ def tidy(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "Reshape":
             _restore_flatten(model.graph, node)
+    for node in list(model.graph):
+        if node.op_type == "Erf":
+            _restore_gelu(model.graph, node)
     for simplify in (
         passes.IdentityEliminationPass(),
         passes.LiftConstantsToInitializersPass(),
@@ -204,6 +208,34 @@ def _restore_flatten(graph: ir.Graph, node: ir.Node) -> None:
     sizes = [size for size in rest if isinstance(size, int)]
     if source.shape[0] == new_shape[0] and len(sizes) == len(rest) and math.prod(sizes) == new_shape[1]:
         _replace(graph, node, [ir.node("Flatten", [source], {"axis": 1}, metadata_props=dict(node.metadata_props))])
+
+
+def _restore_gelu(graph: ir.Graph, erf: ir.Node) -> None:
+    """x * (0.5 * (1 + erf(x / sqrt 2))) -> (x * (1 + erf(...))) * 0.5: the same bits, for halving is exact, in the order in
+    which runtimes look for a GELU."""
+    add = _only_reader(erf, "Add")
+    half = None if add is None else _only_reader(add, "Mul")
+    outer = None if half is None else _only_reader(half, "Mul")
+    if add is None or half is None or outer is None:
+        return
+    (factor,) = [value for value in half.inputs if value is not add.outputs[0]]
+    (source,) = [value for value in outer.inputs if value is not half.outputs[0]]
+    if factor is None or factor.const_value is None or factor.const_value.numpy().tolist() not in (0.5, [0.5]):
+        return
+    inner = ir.node("Mul", [source, add.outputs[0]], metadata_props=dict(half.metadata_props))
+    inner.outputs[0].type, inner.outputs[0].shape = half.outputs[0].type, outer.outputs[0].shape
+    last = ir.node("Mul", [inner.outputs[0], factor], metadata_props=dict(outer.metadata_props))
+    _replace(graph, outer, [inner, last])
+    graph.remove(half, safe=True)
+
+
+def _only_reader(node: ir.Node, op: str) -> ir.Node | None:
+    """The one node that reads a result, where there is just one and it is such an operator; one that reads it twice is two."""
+    readers = list(node.outputs[0].uses())
+    if len(readers) != 1 or node.outputs[0].is_graph_output():
+        return None
+    reader = readers[0].node
+    return reader if reader.op_type == op and len(reader.inputs) == 2 else None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:

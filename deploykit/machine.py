@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ _FEATURES = {
     "x86_64": ("sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
     "aarch64": ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 }
+_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _CPU_INFO = Path("/proc/cpuinfo")
 _PACKAGES = ("deploykit", "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 
@@ -69,7 +70,12 @@ class Machine:
     @property
     def has_int8_dot_product(self) -> bool:
         """Whether the CPU multiplies int8 without intermediate saturation (VNNI, AMX, or ARM's dot product)."""
-        return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & set(self.features))
+        return has_int8_dot_product(self.features)
+
+
+def has_int8_dot_product(features: Iterable[str]) -> bool:
+    """Whether a CPU with these features multiplies int8 without intermediate saturation."""
+    return not _DOT_PRODUCTS.isdisjoint(features)
 
 
 def cpu_features() -> tuple[str, ...]:

@@ -7,9 +7,9 @@ killed goes on where it stopped, and running a finished recipe again takes secon
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,57 +17,30 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
-import tomllib
 from numpy.typing import NDArray
 
-from deploykit import artifact, benchmark, publish, runtimes, timing
+from deploykit import artifact, benchmark, publish, runtimes, timing, workspace
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport
 from deploykit.build import Engine, build
 from deploykit.data import Images, calibration_subset
-from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
+from deploykit.errors import CapabilityError, printable
+from deploykit.gate import Verdict
 from deploykit.jsonable import digest, to_json
 from deploykit.machine import Machine, installed_version
 from deploykit.progress import Progress, silent
-from deploykit.recipe import Recipe, dump
+from deploykit.recipe import QuantizeTable, Recipe
 from deploykit.report import html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
 
-RECIPE, RESULT, REPORT = "recipe.toml", "result.json", "report.html"
+RESULT, REPORT = "result.json", "report.html"
 _TOOLS = (
     *("numpy", "pillow", "scikit-learn", "safetensors", "torch", "torchvision"),
-    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino"),
 )
-_OUR_NAMES = re.compile(
-    r"recipe\.toml|result\.json|report\.html|finetune|equalize|calibrate|parity|benchmark"
-    r"|export-(onnx|torchscript)(-fp16)?|quantize-(onnxruntime|tensorrt)(-fp16)?|build-(onnxruntime|tensorrt)-(fp32|fp16|int8)"
-)
-
-_PROBED = 32  # calibration images on which the noise of INT8 is measured
-
-
-def clean(out: Path, *, everything: bool = False) -> list[Path]:
-    """Remove what killed runs left in `out`, or with `everything` the whole run; returns what was removed.
-
-    Raises UsageError when `out` is not the folder of a run, holds anything else, or another run is at work there.
-    """
-    for name in (RECIPE, publish.LOCK):  # the lock too, because a user's own recipe may well have that name
-        if not (out / name).is_file():
-            raise UsageError(f"{printable(out)} is not the output folder of a run", why=f"it has no {name}")
-    with publish.lock(out):
-        foreign = [name for name in _contents(out) if not _is_ours(out / name)]
-        if everything and foreign:
-            raise UsageError(
-                f"{printable(out)} holds more than a run",
-                why=f"it holds {', '.join(map(printable, foreign[:5]))}",
-                fix="move that elsewhere first, or remove the folder yourself",
-            )
-        removed = [out] if everything else _leftovers(out)
-        for path in removed:
-            publish.remove(path)
-    return removed
+_PROBED = 32  # calibration images on which weights are rounded and the noise of INT8 is measured
 
 
 def run(
@@ -79,7 +52,7 @@ def run(
     StageError when a stage's own check fails. A gate that fails is a result: see its `exit_code`.
     """
     _require_engines(recipe)
-    with publish.lock(out), _claimed(out, recipe):
+    with publish.lock(out), workspace.claimed(out, recipe):
         work = Work(recipe, out, Sources(recipe, progress), progress, clock)
 
         if recipe.finetune is not None:
@@ -96,7 +69,8 @@ def run(
 
         measured = None if timed is None else timing.of_run(timed, engines)
         gates = [*compared["gates"], *map(to_json, timing.judge_run(recipe.rules, engines, timed))]
-        found = result(work.made, work.stages, engines, compared, measured, gates, recipe=recipe, command=command)
+        chosen = None if recipe.build.keep == "all" else _fastest(work, engines, timed, gates)
+        found = result(work.made, work.stages, engines, compared, measured, gates, fastest=chosen, recipe=recipe, command=command)
         found["out"], found["report"] = printable(out), printable(out / REPORT)
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
         publish.write_file(out / REPORT, html.render(found).encode())
@@ -191,8 +165,12 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
     settings = work.recipe.quantize
     assert settings is not None
     model = _equalize(work, model) if settings.equalize else model
+    observations = _calibrate(work, model)
+    return [_quantize_for(work, model, observations, settings, runtime) for runtime in work.recipe.build.runtimes]
 
-    def calibrate(folder: Path) -> Artifact:
+
+def _calibrate(work: Work, model: Artifact) -> Artifact:
+    def make(folder: Path) -> Artifact:
         from deploykit import quantize
 
         images = work.sources.calibration
@@ -216,43 +194,83 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
             },
         )
 
-    observations = work.stage(
+    return work.stage(
         "calibrate",
-        calibrate,
+        make,
         parents=[model.identity, work.sources.digest],
         summary=lambda made: f"{made.facts['tensors']} activations over {made.facts['images']} images",
     )
 
-    def quantize_for(runtime: str) -> Artifact:
-        def make(folder: Path) -> Artifact:
-            from deploykit import quantize
 
-            def probes() -> NDArray[np.float32]:
-                images = work.sources.calibration
-                assert images is not None
-                # Spread over the whole set: classes and days lie together in a folder.
-                some = calibration_subset(images, _PROBED, work.recipe.data.seed)
-                return next(some.batches(model.preprocess, _PROBED))
+def _quantize_for(work: Work, model: Artifact, observations: Artifact, settings: QuantizeTable, runtime: str) -> Artifact:
+    """The Q/DQ file for one runtime's rules, measured and judged as the recipe asks."""
+    recipe = work.recipe
+    is_timed = settings.speed and _is_built_here(recipe, runtime)
 
-            decides = work.recipe.model.weights != "none" or work.recipe.finetune is not None
+    def make(folder: Path) -> Artifact:
+        from deploykit import quantize
+        from deploykit.stopwatch import stopwatch
+
+        decides = recipe.model.weights != "none" or recipe.finetune is not None
+        is_judged = any(not rule.is_of_time for rule in recipe.rules)
+        timed = stopwatch(runtime, recipe.build.threads, progress=work.progress) if is_timed else nullcontext()
+        with timed as watch:
             return quantize.quantize(
-                model, observations, settings, runtime, folder, images=probes if decides else None, progress=work.progress
+                model,
+                observations,
+                settings,
+                runtime,
+                folder,
+                images=(lambda: _probes(work, model)) if decides else None,
+                judge=_judge(work, model, runtime) if is_judged else None,
+                stopwatch=watch,
+                progress=work.progress,
             )
 
-        return work.stage(
-            f"quantize-{runtime}",
-            make,
-            settings=settings,
-            parents=[model.identity, observations.identity],
-            summary=_quantized,
-        )
+    here = [Machine.probe().identity, recipe.build.threads] if is_timed else []
+    return work.stage(
+        f"quantize-{runtime}",
+        make,
+        # The rules too, for "this" CPU may be another next time.
+        settings=[settings, runtimes.rules(runtime, settings.cpu), recipe.gate, *here],
+        parents=[model.identity, observations.identity, *([work.sources.digest] if recipe.gate else [])],
+        summary=_quantized,
+    )
 
-    return [quantize_for(runtime) for runtime in work.recipe.build.runtimes]
+
+def _probes(work: Work, model: Artifact) -> NDArray[np.float32]:
+    """A few calibration images, spread over the whole set: classes and days lie together in a folder."""
+    images = work.sources.calibration
+    assert images is not None
+    some = calibration_subset(images, _PROBED, work.recipe.data.seed)
+    return next(some.batches(model.preprocess, _PROBED))
+
+
+def _is_built_here(recipe: Recipe, runtime: str) -> bool:
+    """Whether this machine builds INT8 engines for that runtime, and the recipe wants them."""
+    return recipe.build.engine != "skip" and not runtimes.why_not(
+        runtime, "this" if recipe.quantize is None else recipe.quantize.cpu
+    )
+
+
+def _judge(work: Work, model: Artifact, runtime: str) -> Callable[[Artifact], Verdict]:
+    """The gate's rules about answers, for graphs that have no engine yet."""
+    from deploykit import verify
+    from deploykit.runtimes import onnxruntime
+
+    images, rules = work.sources.evaluation, [rule for rule in work.recipe.rules if not rule.is_of_time]
+    wanted = verify.graph_answers(onnxruntime.reference(model.path, optimise=True), model, images, progress=work.progress)
+    return lambda candidate: verify.judge_graph(candidate, runtime, wanted, images, rules, progress=work.progress)
 
 
 def _quantized(made: Artifact) -> str:
     found = cast(Mapping[str, Any], made.facts["search"])
     summary = f"{len(cast(list[str], made.facts['int8_layers']))} layers between Q/DQ"
+    if made.facts["weight_bits"] != 8:
+        summary += f", {made.facts['weight_bits']}-bit weights"
+    slow = [name for name, why in cast(Mapping[str, str], made.facts["float_layers"]).items() if why == runtimes.SLOW]
+    if slow:
+        summary += f", {len(slow)} in float because that is faster here"
     if found["after_db"] is None:
         return f"{summary}; random weights: no search for sensitive layers"
     summary += f", SQNR {found['after_db']:.1f} dB"
@@ -318,7 +336,7 @@ def _build(work: Work, model: Artifact) -> list[Engine]:
 def _build_for(work: Work, model: Artifact, runtime: str) -> Engine:
     settings = work.recipe.build
     name = f"build-{runtime}-{model.precision.value}"
-    why = 'the recipe says build.engine = "skip"' if settings.engine == "skip" else runtimes.why_not(runtime)
+    why = 'the recipe says build.engine = "skip"' if settings.engine == "skip" else runtimes.why_not(runtime, _cpu_of(model))
     if why:
         work.stages.append(Stage(name, "not built", 0.0, "", why))
         return Engine(runtime, model, None, why, None)
@@ -330,6 +348,11 @@ def _build_for(work: Work, model: Artifact, runtime: str) -> Engine:
         summary=lambda made: f"{made.path.stat().st_size / 1e6:.2f} MB",
     )
     return Engine.of(runtime, model, built)
+
+
+def _cpu_of(model: Artifact) -> runtimes.Cpu:
+    """The CPUs that a graph was quantized for; a float graph is for all of them."""
+    return cast(runtimes.Cpu, model.facts["cpu"]) if model.precision is Precision.INT8 else "this"
 
 
 def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) -> Mapping[str, Any]:
@@ -377,6 +400,30 @@ def _benchmark(work: Work, engines: Sequence[Engine]) -> BenchmarkReport | None:
     return judge.load(made.path)
 
 
+def _fastest(
+    work: Work, engines: Sequence[Engine], timed: BenchmarkReport | None, gates: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """Copy the engine with the lowest median latency to a folder of its own; None, and no folder, where none may be chosen."""
+    failed = {label for gate in gates if gate["verdict"] == Verdict.FAIL.value for label in [str(gate["rule"]).partition(":")[0]]}
+    able = {engine.label: engine.built for engine in engines if engine.built is not None and engine.label not in failed}
+    if timed is None or not able:
+        publish.remove(work.out / "fastest")  # an earlier one, whose like fails now
+        why = "no engine could be built here" if timed is None else "every engine failed a gate"
+        work.stages.append(Stage("fastest", "not built", 0.0, "", why))
+        return None
+    ranking = sorted((timed.engine(label).median_ns, label) for label in able)
+    (_, winner), others = ranking[0], [label for _, label in ranking[1:]]
+    engine = able[winner]
+
+    def copied(folder: Path) -> Artifact:
+        shutil.copytree(engine.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(artifact.MANIFEST))
+        return replace(engine, path=folder / engine.path.name)
+
+    made = work.stage("fastest", copied, parents=[engine.identity], summary=lambda _: winner)
+    beaten = {label: timing.ratio(label, timed.difference(winner, label), timed.doubts) for label in others}
+    return {"label": winner, "path": f"{made.folder.name}/{made.path.name}", "latency_ns": ranking[0][0], "over": beaten}
+
+
 def _report_artifact(about: Artifact, stage: str, summary: str, folder: Path) -> Artifact:
     """A stage's findings as an artifact: one JSON file, which is written already, and the line that sums it up."""
     path, facts = folder / f"{stage}.json", {"summary": summary}
@@ -392,73 +439,7 @@ def _require_engines(recipe: Recipe) -> None:
     if recipe.build.engine != "require":
         return
     for name in recipe.build.runtimes:
-        why = runtimes.why_not(name)
+        why = runtimes.why_not(name, "this" if recipe.quantize is None else recipe.quantize.cpu)
         if why:
             fix = 'build.engine = "auto" (--engine auto) makes everything short of the engine'
             raise CapabilityError(f"a {name} engine is required and cannot be built here", why=why, fix=fix)
-
-
-@contextmanager
-def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    """Make `out` this recipe's folder, or refuse when it is another's. Left-overs of killed runs are removed.
-
-    When the work is refused before any stage was done, the folder is nobody's again, so a corrected recipe may have it.
-    """
-    path, wanted = out / RECIPE, dump(recipe).encode()
-    for leftover in _leftovers(out):
-        publish.remove(leftover)
-    foreign = [printable(name) for name in _contents(out) if name != RECIPE]
-    is_new = not path.exists()
-    if is_new and foreign:
-        raise UsageError(
-            f"the output folder {printable(out)} is not empty and not of a run",
-            why=f"it holds {', '.join(foreign[:5])}",
-            fix="choose another folder with --output",
-        )
-    if is_new:
-        publish.write_file(path, wanted)
-    elif path.read_bytes() != wanted:
-        raise UsageError(
-            f"the output folder {printable(out)} belongs to another recipe",
-            problems=_differences(path.read_text(errors="replace"), wanted.decode())[:10],
-            fix=f"choose another folder with --output, or remove that one with: deploykit clean --all {printable(out)}",
-        )
-    try:
-        yield
-    except DeploykitError:
-        if is_new and _contents(out) == [RECIPE]:
-            publish.remove(path)
-        raise
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a run gave this name to an entry of its output folder, or to what a killed run left of it."""
-    name = path.name
-    for suffix in publish.UNFINISHED:
-        name = name.removesuffix(suffix)
-    return bool(_OUR_NAMES.fullmatch(name))
-
-
-def _leftovers(out: Path) -> list[Path]:
-    """What killed runs left, and nothing that a user happened to call `backup.partial`."""
-    return [path for path in publish.leftovers(out) if _is_ours(path)]
-
-
-def _contents(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if path.name != publish.LOCK)
-
-
-def _differences(old: str, new: str) -> list[str]:
-    """What two recipes ask for differently, key by key."""
-    try:
-        there, here = _flat(tomllib.loads(old)), _flat(tomllib.loads(new))
-    except tomllib.TOMLDecodeError:
-        return ["the recipe there is damaged"]
-    return [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in here | there if there.get(key) != here.get(key)]
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tables.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

@@ -44,6 +44,23 @@ def write_file(path: Path, content: bytes) -> None:
             raise
 
 
+def why_not_writable(path: Path) -> str:
+    """The reason why `write_file` cannot write `path`, as far as that can be known beforehand; empty when there is none.
+
+    What stands there and is no plain file (a folder, a link, /dev/null) is not to be replaced by one.
+    """
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if not path.parent.is_dir():
+            return f"there is no folder {printable(path.parent)}"
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            return "it is no plain file"
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return "" if os.access(path.parent, os.W_OK) else f"there is no right to write in {printable(path.parent)}"
+
+
 @contextmanager
 def directory(final: Path) -> Iterator[Path]:
     """Give an empty directory to fill; when the block ends without an exception, it becomes `final`.

@@ -103,7 +103,17 @@ class QuantizeTable:
         "quantized distribution, the least squared error",
         "mse",
     )
+    cpu: Literal["this", "any", "arm64"] = setting(
+        "which CPUs the INT8 graph is for. this: such as run here; any: 7-bit weights, whose sums saturate on no x86 or ARM CPU; "
+        "arm64: 64-bit ARM alone, best with an int8 dot product",
+        "this",
+    )
     float_layers: tuple[str, ...] = setting("layers to leave in float, by name or pattern: 'fc/Gemm', 'layer4.*'", ())
+    rounding: Literal["nearest", "together"] = setting(
+        "how weights become integers: each the nearest, or all of an output so that it changes least on calibration images, "
+        "with the bias that takes what is left on average; random weights are always rounded to the nearest",
+        "together",
+    )
     equalize: bool = setting(
         "whether channels of very different ranges are scaled alike first, where much is to gain; the float answers stay", True
     )
@@ -114,7 +124,14 @@ class QuantizeTable:
         low=0,
         high=200,
     )
-    most_float_percent: float = setting("at most this share of the layers stays in float for it", 10.0, low=0, high=100)
+    most_float_percent: float = setting(
+        "at most this share of the layers stays in float for it, or for the gate", 10.0, low=0, high=100
+    )
+    speed: bool = setting(
+        "keep layers in float that are faster so on this machine, all of them if INT8 as a whole is not faster; measured where "
+        "an engine can be built here",
+        True,
+    )
     sensitivity: bool = setting("measure what every tensor and layer costs, for the report, even if the ratio is good", False)
     percentile: float | None = setting(
         "with method percentile: the share of the values that a range keeps, in percent; 99.99 when absent",
@@ -128,7 +145,10 @@ class QuantizeTable:
 class BuildTable:
     """Engines."""
 
-    runtimes: tuple[Literal["onnxruntime", "tensorrt"], ...] = setting("which engines to build", ("onnxruntime",))
+    runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = setting("which engines to build", ("onnxruntime",))
+    keep: Literal["all", "fastest"] = setting(
+        "fastest: of the engines that no gate fails, the one with the lowest latency is copied to the folder `fastest`", "all"
+    )
     engine: Literal["auto", "require", "skip"] = setting(
         "auto: build where this machine can, say so where not; require: else exit 4; skip: portable files only", "auto"
     )
@@ -296,13 +316,19 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "[quantize] needs calibration images: set data.calibrate (--calibrate DIR) or data.name"
     if recipe.quantize is not None and not recipe.build.runtimes:
         yield "[quantize] follows the rules of a runtime: set build.runtimes (INT8 means another graph for each)"
+    if recipe.quantize is not None and recipe.quantize.cpu != "this" and list(recipe.build.runtimes) == ["tensorrt"]:
+        yield f"quantize.cpu = {recipe.quantize.cpu!r} means nothing for TensorRT, which runs on a GPU: leave it out"
     if recipe.build.runtimes and "onnx" not in recipe.export.formats:
         yield f'build.runtimes = {list(recipe.build.runtimes)} are built from ONNX: add "onnx" to export.formats'
     if recipe.build.float_type == "fp16" and list(recipe.build.runtimes) != ["tensorrt"]:
         yield (
             'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone: ONNX Runtime on a CPU has no float16 '
-            "kernels for convolutions and would cast every layer to float32"
+            "kernels for convolutions and would cast every layer to float32, and so does OpenVINO here"
         )
+    if recipe.build.keep == "fastest" and not recipe.benchmark.enabled:
+        yield 'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false'
+    if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not recipe.build.runtimes):
+        yield 'build.keep = "fastest" chooses among engines: set build.runtimes, and build.engine to "auto" or "require"'
     if recipe.data.name is not None:
         for key in ("train", "calibrate", "validate"):
             if getattr(recipe.data, key) is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from deploykit.artifact import MANIFEST, Artifact, Format, Precision, read_artifact
+from deploykit import build, foreign
+from deploykit.artifact import MANIFEST, Artifact, Format, Precision, read_artifact, write_manifest
 from deploykit.benchmark import benchmark
 from deploykit.benchmark.judge import (
     check_same_engine,
@@ -30,10 +31,11 @@ from deploykit.gate import EXIT_CODES, GateResult, Rule, Verdict, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
-from deploykit.publish import UNFINISHED
+from deploykit.publish import UNFINISHED, why_not_writable
 from deploykit.recipe import BenchmarkTable
 
 _PERCENTILES = (90, 95, 99)
+_SAMPLES = 8
 
 
 def measure(
@@ -43,14 +45,28 @@ def measure(
     *,
     baseline: Path | None = None,
     output: Path | None = None,
+    size: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Benchmark the engines at `paths`, compare each with the first or with the file `baseline`, and judge `rules`.
 
+    An ONNX file that is not ours is built for ONNX Runtime first, with inputs of `size` pixels where it leaves them open.
     Writes the raw samples to `output`. Raises UsageError before anything is measured: for what is no engine, for engines that
     cannot be compared, for rules that have nothing to be judged on, and for an `output` that cannot be written.
     """
-    engines = engines_at(paths)
+    with TemporaryDirectory(prefix="deploykit-") as scratch:
+        engines = engines_at(paths, Path(scratch), size=size)
+        return _measured(engines, settings, rules, baseline, output, progress)
+
+
+def _measured(
+    engines: Mapping[str, Artifact],
+    settings: BenchmarkTable,
+    rules: Sequence[Rule],
+    baseline: Path | None,
+    output: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
     earlier = None if baseline is None else load(baseline)
     _check_comparable(engines, earlier, settings)
     _check_rules(rules, engines, earlier)
@@ -74,26 +90,50 @@ def measure(
     }
 
 
-def engines_at(paths: Sequence[Path]) -> dict[str, Artifact]:
-    """The engines at `paths` by label: an engine's folder, a file in it, or a run with all its engines.
+def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None) -> dict[str, Artifact]:
+    """The engines at `paths` by label: an engine's folder, a file in it, a run with all its engines, or an ONNX file.
 
-    Raises UsageError with everything that is no engine.
+    An ONNX file that lies in no artifact is built in the folder `scratch`, and its label is its name. Raises UsageError with
+    everything that is no engine, and for an ONNX file that cannot be read or needs a `size`.
     """
-    found: list[tuple[Path, Artifact]] = []
+    found: list[tuple[Path, str, Artifact]] = []
     problems = []
     for path in paths:
-        artifacts = [(path, artifact) for artifact in map(read_artifact, _artifacts_in(path)) if artifact.format is Format.ENGINE]
-        found += artifacts
+        if is_foreign(path):
+            found.append((path, printable(path.name), _built(path, scratch / str(len(found)), size)))
+            continue
+        artifacts = [artifact for artifact in map(read_artifact, _artifacts_in(path)) if artifact.format is Format.ENGINE]
+        found += [(path, f"{artifact.facts['runtime']} {artifact.precision.value}", artifact) for artifact in artifacts]
         if not artifacts:
             problems.append(f"{printable(path)} is neither an engine nor a run that has one")
     if problems:
         raise UsageError("nothing to measure", problems=problems, fix="deploykit export MODEL --to onnxruntime builds an engine")
-    labels = [f"{artifact.facts['runtime']} {artifact.precision.value}" for _, artifact in found]
+    labels = [label for _, label, _ in found]
     if len(set(labels)) < len(labels):
-        labels = [f"{printable(path)}: {label}" for (path, _), label in zip(found, labels, strict=True)]
+        labels = [f"{printable(path)}: {label}" for path, label, _ in found]
     if len(set(labels)) < len(labels):
         raise UsageError("the same engine is named twice", problems=[x for x in dict.fromkeys(labels) if labels.count(x) > 1])
-    return {label: artifact for label, (_, artifact) in zip(labels, found, strict=True)}
+    return {label: artifact for label, (_, _, artifact) in zip(labels, found, strict=True)}
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is an ONNX file beside which no manifest says that it is ours."""
+    try:
+        return path.suffix == ".onnx" and path.is_file() and not (path.parent / MANIFEST).is_file()
+    except OSError:
+        return False
+
+
+def _built(path: Path, folder: Path, size: int | None) -> Artifact:
+    """An ONNX file as an engine of ONNX Runtime with generated samples, in `folder`."""
+    found = foreign.onnx_file(path)
+    inputs = tuple(foreign.settled(spec, size, path) for spec in found.inputs)
+    samples = {spec.name: foreign.noise(spec, _SAMPLES, seed=index) for index, spec in enumerate(inputs)}
+    source, target = folder / "source", folder / "engine"
+    for place in (source, target):
+        place.mkdir(parents=True)
+    model = foreign.with_samples(replace(found, inputs=inputs), samples, source)
+    return write_manifest(target, build.build(model, "onnxruntime", target))
 
 
 def _artifacts_in(path: Path) -> list[Path]:
@@ -134,12 +174,7 @@ def _check_rules(rules: Sequence[Rule], engines: Mapping[str, Artifact], earlier
 
 
 def _check_output(output: Path | None) -> None:
-    if output is not None and (output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK)):
-        why = f"there is no right to write in {printable(output.parent)}"
-        if output.is_dir():
-            why = "it is a folder"
-        elif not output.parent.is_dir():
-            why = f"there is no folder {printable(output.parent)}"
+    if output is not None and (why := why_not_writable(output)):
         raise UsageError(f"cannot write {printable(output)}", why=why, fix="choose another file with --output")
 
 

@@ -13,12 +13,14 @@ from deploykit import export, parity, runtimes
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.build import Engine
 from deploykit.data import Images
-from deploykit.gate import GateResult, Rule, Verdict, judge, smallest_visible_drop
+from deploykit.gate import GateResult, Rule, Verdict, judge, smallest_visible_drop, worst
 from deploykit.jsonable import to_json
+from deploykit.machine import available_cores
 from deploykit.models import Model
 from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
-from deploykit.report import pictures
+from deploykit.quantize.sensitivity import decibels
+from deploykit.report import pictures, units
 from deploykit.report.text import REFERENCE
 from deploykit.runtimes import Session, onnxruntime, torchscript
 from deploykit.sources import NOISE
@@ -27,16 +29,19 @@ from deploykit.sources import NOISE
 _CONSTANT = 1e-5
 _BATCH = 16
 _LISTED_FLIPS = 100
+_KINDS = (("the activation", "activations"), ("the weights of", "weights"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare: a session for `artifact`. `is_engine` is False when the graph itself is executed literally."""
+    """One thing to compare: a session for `artifact`. `is_engine` is False when the graph itself is executed literally.
+    `model` is the graph that an engine was built from, whose facts say what was found out when it was quantized."""
 
     label: str
     artifact: Artifact
     session: Session
     is_engine: bool
+    model: Artifact
 
 
 def verify(
@@ -71,7 +76,7 @@ def verify(
             gates.append(_finite_gate(case.label, answers, images))
         if case.artifact.precision is Precision.INT8:
             int8_answers.append(answers)
-            gates += [_labelled(case.label, judge(rule, comparison.counts)) for rule in rules]
+            gates += [_labelled(case, judge(rule, comparison.counts)) for rule in rules]
     gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
     return {
         "summary": _summary(found),
@@ -84,6 +89,38 @@ def verify(
         "notes": [*model.notes, *_doubts(images, reference)],
         "samples": pictures.chosen(images, reference, int8_answers, name),
     }
+
+
+def judge_graph(
+    candidate: Artifact, runtime: str, reference: Logits, images: Images, rules: Sequence[Rule], *, progress: Progress = silent
+) -> Verdict:
+    """The verdict of `rules` on an INT8 graph that has no engine yet: executed literally where its engine is not for this
+    machine's CPU. `reference` are the answers of the float graph to the same `images`."""
+    is_here = runtimes.REGISTRY[runtime].on_cpu
+    session = (
+        onnxruntime.optimized(candidate.path, threads=available_cores()) if is_here else onnxruntime.reference(candidate.path)
+    )
+    answers = graph_answers(session, candidate, images, progress=progress)
+    counts = parity.compare(answers, reference, images.names, images.labels).counts
+    return worst(judge(rule, counts).verdict for rule in rules) or Verdict.PASS
+
+
+def graph_answers(session: Session, model: Artifact, images: Images, *, progress: Progress = silent) -> Logits:
+    """What an open graph answers to all images (images, classes); the session is closed."""
+    fixed = model.inputs[0].shape[0]
+    batches = images.batches(model.preprocess, fixed if isinstance(fixed, int) else _BATCH)
+    done = 0
+
+    def announced() -> Iterator[NDArray[np.float32]]:
+        nonlocal done
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            progress("gate", done, len(images))
+
+    answers = runtimes.answers(session, model, announced())
+    session.close()
+    return answers
 
 
 def _doubts(images: Images, reference: Logits) -> list[str]:
@@ -120,15 +157,16 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
     """TorchScript files; engines; and for graphs without an engine here, the graph itself on ONNX Runtime."""
     for made in exports:
         if made.format is Format.TORCHSCRIPT:
-            yield Case("torchscript fp32", made, torchscript.load(made), is_engine=True)
+            yield Case("torchscript fp32", made, torchscript.load(made), is_engine=True, model=made)
         elif not any(engine.built for engine in engines):
-            yield Case("onnx fp32", made, onnxruntime.reference(made.path), is_engine=False)
+            yield Case("onnx fp32", made, onnxruntime.reference(made.path), is_engine=False, model=made)
     for engine in engines:
         if engine.built is not None:
-            yield Case(engine.label, engine.built, runtimes.get(engine.runtime).load(engine.built), is_engine=True)
+            session = runtimes.get(engine.runtime).load(engine.built)
+            yield Case(engine.label, engine.built, session, is_engine=True, model=engine.model)
         elif engine.model.precision is not Precision.FP32:
             session = onnxruntime.reference(engine.model.path)
-            yield Case(f"{engine.label}{REFERENCE}", engine.model, session, is_engine=False)
+            yield Case(f"{engine.label}{REFERENCE}", engine.model, session, is_engine=False, model=engine.model)
 
 
 def _conversion(case: Case) -> Conversion | None:
@@ -162,8 +200,8 @@ def _realised_gate(engine: Engine) -> GateResult:
     quantized = [layer.name for layer in engine.realised.layers if layer.precision == "int8" and layer.name in kept]
     floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
     reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
-    if kept:
-        reason += f"; kept in float: {', '.join(f'{name} ({whys[name]})' for name in kept[:5])}{', ...' * (len(kept) > 5)}"
+    for why, names in _by_reason({name: whys[name] for name in kept}).items():
+        reason += f"; kept in float, {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
     if floats:
         named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])
         reason += f"; in float: {named}{', ...' * (len(floats) > 5)}; quantize.float_layers accepts that by name"
@@ -173,8 +211,31 @@ def _realised_gate(engine: Engine) -> GateResult:
     return GateResult(f"{engine.label}: every layer meant for int8 runs in it", verdict, engine.realised.int8, None, reason)
 
 
-def _labelled(label: str, found: GateResult) -> GateResult:
-    return GateResult(f"{label}: {found.rule}", found.verdict, found.observed, found.interval, found.reason)
+def _by_reason(whys: Mapping[str, str]) -> dict[str, list[str]]:
+    """The layers of each reason; what a search measured at a single layer stands beside that layer's name."""
+    found: dict[str, list[str]] = {}
+    for name, why in whys.items():
+        reason, colon, measured = why.partition(": ")
+        found.setdefault(reason, []).append(f"{name} ({measured})" if colon else name)
+    return found
+
+
+def _labelled(case: Case, found: GateResult) -> GateResult:
+    reason = found.reason if found.verdict is Verdict.PASS else found.reason + _blame(case.model)
+    return GateResult(f"{case.label}: {found.rule}", found.verdict, found.observed, found.interval, reason)
+
+
+def _blame(artifact: Artifact) -> str:
+    """What causes most of the noise of an INT8 graph that did not pass, where that was measured."""
+    search = cast(Mapping[str, Any], artifact.facts.get("search") or {})
+    kept = {step["layer"] for step in search.get("kept") or ()} | set(search.get("spared") or ())
+    errors = search.get("errors") or {}
+    alone = {f"{kind} {name}": power for kind, word in _KINDS for name, power in errors.get(word, {}).items() if name not in kept}
+    worst_first = sorted(alone, key=lambda name: -alone[name])[:3]
+    named = ", ".join(f"{name} ({decibels(alone[name]):.1f} dB alone)" for name in worst_first)
+    already = units.plural(len(search.get("kept") or ()), "sensitive layer")
+    much = f"{already} in float already, most of what noise is left" if search.get("kept") else "most of the noise"
+    return f"; {much} comes from {named}" if named else ""
 
 
 def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, name: pictures.Namer) -> dict[str, Any]:

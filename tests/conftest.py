@@ -41,6 +41,7 @@ learning_rate = 2e-3
 formats = ["onnx", "torchscript"]
 
 [quantize]
+speed = false
 
 [benchmark]
 processes = 2

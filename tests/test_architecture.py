@@ -17,9 +17,9 @@ PACKAGE = Path(deploykit.__file__).parent
 FLOORS = (
     {"errors", "publish", "jsonable", "progress", "gate", "machine", "artifact", "recipe"},
     {"models", "data", "runtimes"},
-    {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources"},
+    {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign"},
     {"report", "inspect"},
-    {"verify", "timing"},
+    {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck"},
     set(),
     {"pipeline"},
     {"cli", "__main__"},
@@ -27,7 +27,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What travels to a device without torch, and may meet Python 3.10 there.
 DEVICE = (
-    *("publish", "machine", "artifact", "runtimes", "runtimes.onnxruntime", "build", "parity"),
+    *("publish", "machine", "artifact", "runtimes", "runtimes.onnxruntime", "runtimes.openvino", "build", "parity", "emulate"),
     *("benchmark", "benchmark.process", "benchmark.judge"),
 )
 NOT_ON_A_DEVICE = (
@@ -43,7 +43,7 @@ NOT_ON_A_DEVICE = (
     "tomllib",
     "tomli_w",
 )
-HEAVY = ("torch", "torchvision", "onnx", "onnx_ir", "onnxruntime", "numpy", "rich", "PIL", "sklearn", "safetensors")
+HEAVY = ("torch", "torchvision", "onnx", "onnx_ir", "onnxruntime", "openvino", "numpy", "rich", "PIL", "sklearn", "safetensors")
 
 
 def module_name(path: Path) -> str:

@@ -295,7 +295,7 @@ class TestOptions:
             (["--to", "onnx", "--batch", "x"], "export.batch: expected a whole number or 'dynamic', got 'x'"),
             (["--to", "onnx", "--classes", "-1"], "Invalid value for '--classes'"),
             (["--to", "onnx", "--weights", ""], "model.weights"),
-            (["--to", "coreml"], "'coreml' is not one of 'onnx', 'torchscript', 'onnxruntime', 'tensorrt'"),
+            (["--to", "coreml"], "'coreml' is not one of 'onnx', 'torchscript', 'onnxruntime', 'openvino', 'tensorrt'"),
             (["--to", "onnx", "--gate", "101"], "Invalid value for '--gate'"),
             (["--to", "onnx", "--unknown"], "No such option"),
             ([], "Missing option '--to'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
@@ -200,6 +201,85 @@ class TestOperators:
         export.tidy(ir.Model(graph, ir_version=10))
 
         assert [node.op_type for node in graph] == ["Reshape"]
+
+
+def gelu(order: str, factor: float = 0.5, scalar: bool = True) -> ir.Model:
+    """x * (0.5 * (1 + erf(x / sqrt 2))), its products in the order that `order` writes, as a graph of its own."""
+    half = "float half = {%s}" if scalar else "float[1] half = {%s}"
+    text = f"""<ir_version: 10, opset_import: ["" : 19]> g (float[n] image) => (float[n] logits)
+        <float root = {{1.4142135}}, float one = {{1.0}}, {half % factor}> {{
+            d = Div(image, root)  e = Erf(d)  a = Add(e, one)  {order} }}"""
+    return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+
+
+def structure(model: ir.Model) -> list[tuple[str, ...]]:
+    """Each operator with what makes its inputs; `tidy` gives other names."""
+    return [
+        (node.op_type, *(value.producer().op_type if value.producer() else value.name for value in node.inputs))
+        for node in model.graph
+    ]
+
+
+EXPORTED = "h = Mul(half, a)  logits = Mul(image, h)"
+
+
+class TestGelu:
+    """PyTorch's exporter halves before it multiplies; runtimes look for the product that is halved."""
+
+    @pytest.mark.parametrize("order", [EXPORTED, "h = Mul(a, half)  logits = Mul(h, image)"])
+    @pytest.mark.parametrize("scalar", [True, False])
+    def test_is_halved_last(self, order, scalar):
+        model = gelu(order, scalar=scalar)
+
+        export.tidy(model)
+
+        last = list(model.graph)[-2:]
+        assert [node.op_type for node in last] == ["Mul", "Mul"]
+        assert {value.name for value in last[0].inputs} == {"image", last[0].inputs[1].name}
+        assert last[0].inputs[1].producer().op_type == "Add"
+        assert last[1].inputs[0] is last[0].outputs[0]
+        assert last[1].inputs[1].const_value.numpy() == 0.5
+        assert last[1].outputs[0].name == "logits"
+
+    def test_answers_the_same_to_the_bit(self):
+        before, after = gelu(EXPORTED), gelu(EXPORTED)
+        numbers = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * 3
+
+        export.tidy(after)
+
+        one, other = (
+            run(onnxruntime.reference(ir.to_proto(model).SerializeToString()), {"image": numbers}) for model in (before, after)
+        )
+        assert structure(before) != structure(after)
+        assert one["logits"].tobytes() == other["logits"].tobytes()
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            gelu(EXPORTED, factor=0.25),
+            gelu("h = Mul(half, a)  p = Mul(image, h)  logits = Add(p, h)"),  # others read on the way
+            gelu("h = Mul(a, a)  logits = Mul(image, h)"),
+            gelu("h = Mul(half, a)  logits = Mul(h, h)"),
+            gelu("h = Mul(half, a)  logits = Add(image, h)"),
+            gelu("logits = Mul(half, a)"),
+        ],
+    )
+    def test_anything_else_stays_as_it_was(self, model):
+        before = structure(model)
+
+        export.tidy(model)
+
+        assert structure(model) == before
+
+    def test_of_an_exported_network_is_one_kernel_of_the_engine(self, tmp_path):
+        source = networks.exported(
+            networks.Classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU()), 8), networks.made(tmp_path / "a")
+        )
+
+        engine = get("onnxruntime").build(source, networks.made(tmp_path / "b"), threads=1)
+
+        assert operators(source).count("Erf") == 1
+        assert {"Gelu", "Erf"} & set(operators(engine)) == {"Gelu"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -360,8 +360,11 @@ class TestEveryRule:
                 assert rule.cost
                 assert rule.fix
 
-    def test_every_runtime_that_has_quantization_rules_has_lint_rules(self):
-        assert set(RULES) == {name for name, entry in runtimes.REGISTRY.items() if entry.rules is not None}
+    def test_every_runtime_that_has_quantization_rules_has_lint_rules_but_openvino(self):
+        quantized = {name for name, entry in runtimes.REGISTRY.items() if entry.rules is not None}
+
+        # OpenVINO takes whatever Q/DQ ONNX Runtime takes: no form is known that it alone refuses, or computes otherwise.
+        assert set(RULES) == quantized - {"openvino"}
 
 
 def run(model: onnx.ModelProto, *, optimise: bool, written: Path) -> tuple[np.ndarray, list[str]]:

@@ -23,6 +23,7 @@ from deploykit.errors import UsageError
 from deploykit.recipe import QuantizeTable, Recipe
 
 QUICK = ["--processes", "2", "--set", "benchmark.queries=3", "--set", "benchmark.offline_seconds=0"]
+SLOW_TOO = ["--set", "quantize.speed=false"]  # networks so small are faster in float
 # Stage: the stages that read its files.
 READERS = {
     "finetune": {"export-onnx", "export-torchscript", "parity"},
@@ -46,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, network: str, photos: Pat
         "model": {"name": network},
         "data": {"calibrate": str(photos)},
         "export": {"formats": ["onnx", "torchscript"]},
-        "quantize": {},
+        "quantize": {"speed": False},
         "benchmark": {"processes": 2, "queries": 3, "offline_seconds": 0.0},
     }
     folder = tmp_path_factory.mktemp("exported") / "run"
@@ -211,7 +212,9 @@ class TestGates:
     def judged(self, finished, tmp_path, deploykit):
         def run(gate: str, *words: str, percentile: float | None = None):
             folder = finished.copied_to(tmp_path / "run")
-            table = QuantizeTable() if percentile is None else QuantizeTable(method="percentile", percentile=percentile)
+            table = QuantizeTable(speed=False)
+            if percentile is not None:
+                table = replace(table, method="percentile", percentile=percentile, most_float_percent=0.0)
             recipe = replace(recipes.load(folder / "recipe.toml"), gate=(gate,), quantize=table)
             # Beside the finished stages, so that only those run again that the change reaches.
             (folder / "recipe.toml").write_text(recipes.dump(recipe))
@@ -262,7 +265,19 @@ class TestExport:
     def test_a_fixed_batch_is_in_the_graph_and_images_that_do_not_fill_it_count_as_often_as_all_others(
         self, network, photos, tmp_path, deploykit, exported
     ):
-        words = ["--batch", "5", "--to", "onnxruntime", "--int8", "--calibrate", photos, *QUICK, "--output", tmp_path / "out"]
+        words = [
+            "--batch",
+            "5",
+            "--to",
+            "onnxruntime",
+            "--int8",
+            "--calibrate",
+            photos,
+            *QUICK,
+            *SLOW_TOO,
+            "--output",
+            tmp_path / "out",
+        ]
 
         outcome = deploykit("export", network, *words, "--json")
 
@@ -310,7 +325,7 @@ class TestExport:
 
     @pytest.mark.slow
     def test_random_weights_are_marked_in_every_report(self, photos, tmp_path, shell):
-        words = ["--weights", "none", "--to", "onnxruntime", "--int8", "--calibrate", photos, *QUICK]
+        words = ["--weights", "none", "--to", "onnxruntime", "--int8", "--calibrate", photos, *QUICK, *SLOW_TOO]
 
         outcome = shell("export", "cifar_resnet20", *words, cwd=tmp_path)
 
@@ -336,7 +351,7 @@ class TestExport:
             folder.mkdir(parents=True, exist_ok=True)
             of_class = np.flatnonzero(pictures.labels == index % 10)
             Image.fromarray(pictures.sources[of_class[index // 10]]).save(folder / f"{index}.png")
-        words = ["--weights", trained, "--to", "onnxruntime", "--int8", "--calibrate", tmp_path / "others", *QUICK]
+        words = ["--weights", trained, "--to", "onnxruntime", "--int8", "--calibrate", tmp_path / "others", *QUICK, *SLOW_TOO]
 
         outcome = deploykit(
             "export", "lenet5", *words, "--validate", tmp_path / "digits", "--gate", "100", "--output", tmp_path / "out", "--json"
@@ -439,7 +454,19 @@ class TestInterruption:
     @pytest.mark.slow
     def test_a_killed_run_leaves_nothing_that_looks_finished_and_goes_on_where_it_stopped(self, network, photos, tmp_path, shell):
         moments = random.Random(7)
-        words = ["export", network, "--to", "onnxruntime", "--int8", "--calibrate", photos, *QUICK, "--output", tmp_path / "out"]
+        words = [
+            "export",
+            network,
+            "--to",
+            "onnxruntime",
+            "--int8",
+            "--calibrate",
+            photos,
+            *QUICK,
+            *SLOW_TOO,
+            "--output",
+            tmp_path / "out",
+        ]
         command, recognised = [sys.executable, "-m", "deploykit", *words], 0
 
         for _ in range(4):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 
 import networks
@@ -19,6 +21,7 @@ from deploykit import build, parity, quantize, runtimes
 from deploykit.artifact import Artifact, Precision
 from deploykit.errors import DataError, StageError, UsageError
 from deploykit.quantize import half, observe, optimal, place
+from deploykit.quantize.histogram import SAMPLE
 from deploykit.quantize.ranges import Range, affine_uint8, minmax, percentile, symmetric_int8
 from deploykit.recipe import QuantizeTable
 from deploykit.runtimes import onnxruntime
@@ -131,6 +134,67 @@ class TestCalibration:
             assert minmax(one[name]).high == pytest.approx(minmax(many[name]).high, rel=1e-6)
             assert minmax(one[name]).low == pytest.approx(minmax(many[name]).low, rel=1e-6)
 
+    def test_however_many_batches_are_worked_on_at_once_the_histograms_are_the_same(self, portable):
+        pictures = np.split(networks.images(7, seed=1), 7)  # small enough that no value is skipped
+        names = ["image", "body.1/Relu", "body.2/Relu"]
+
+        one, *others = (observe.observe(portable("residual").path, names, pictures, total=7, lanes=lanes) for lanes in (1, 2, 3))
+
+        for other in others:
+            for name in names:
+                assert minmax(other[name]) == minmax(one[name])
+                assert np.array_equal(other[name].counts, one[name].counts)
+
+    def test_images_at_once_share_one_sample_whether_in_one_batch_or_in_several(self, tmp_path):
+        source = networks.by_hand(tmp_path, "[pool] logits = GlobalAveragePool(image)", {}, size=128)
+        pictures = networks.images(4, 128)
+
+        drawn = [
+            observe.observe(source.path, ["image"], np.split(pictures, lanes), total=4, lanes=lanes)["image"].drawn.sum()
+            for lanes in (1, 2, 4)
+        ]
+
+        assert drawn == pytest.approx([SAMPLE] * 3, rel=0.1)
+
+    def test_of_a_large_batch_no_less_is_drawn_because_others_are_worked_on_too(self, tmp_path):
+        source = networks.by_hand(tmp_path, "[pool] logits = GlobalAveragePool(image)", {}, size=128)
+        pictures = networks.images(16, 128)
+
+        seen = observe.observe(source.path, ["image"], [pictures], total=16, lanes=4)["image"]
+
+        assert seen.drawn.sum() == pytest.approx(SAMPLE, rel=0.1)
+
+    @pytest.mark.parametrize("lanes", [1, 3])
+    def test_progress_is_told_in_order_from_the_thread_that_asked(self, portable, lanes):
+        told = []
+
+        def progress(what: str, done: int, total: int) -> None:
+            told.append((what, done, total, threading.current_thread()))
+
+        pictures = np.split(networks.images(10, seed=1), 5)
+        observe.observe(portable("lenet5").path, ["image"], pictures, total=10, lanes=lanes, progress=progress)
+
+        assert told == [("calibrate", done, 10, threading.current_thread()) for done in (2, 4, 6, 8, 10)]
+
+    def test_as_many_batches_are_read_ahead_as_are_worked_on_and_one(self, portable):
+        read = told = most = 0
+
+        def batches():
+            nonlocal read, most
+            for seed in range(8):
+                read += 1
+                most = max(most, read - told)
+                yield networks.images(1, seed=seed)
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal told
+            told = done
+
+        observe.observe(portable("lenet5").path, ["image"], batches(), total=8, lanes=3, progress=progress)
+
+        assert read == told == 8
+        assert most == 3 + 1
+
     def test_what_was_observed_is_what_pytorch_computes(self, portable):
         pictures = networks.images(8, seed=1)
         body = networks.model("lenet5").module
@@ -159,12 +223,32 @@ class TestCalibration:
         assert observe.batch_size({"a": 1 << 30}, budget_bytes=1 << 20) == 1
         assert observe.batch_size({"a": 1}, most=16) == 16
 
-    def test_an_activation_that_is_not_finite_is_named_first_where_it_began(self, portable):
+    @pytest.mark.parametrize(
+        ("cores", "megabytes", "fixed", "expected"),
+        [
+            (2, 64, None, (2, 3)),  # ResNet-50's
+            (4, 64, None, (4, 1)),
+            (16, 64, None, (6, 1)),
+            (2, 1000, None, (1, 1)),
+            (1, 64, None, (1, 6)),
+            (2, 1, None, (2, 8)),
+            (2, 64, 1, (2, 1)),
+            (2, 64, 4, (1, 4)),
+            (2, 64, 32, (1, 32)),
+        ],
+    )
+    def test_the_cores_share_the_images_that_fit_the_budget(self, monkeypatch, cores, megabytes, fixed, expected):
+        monkeypatch.setattr(observe, "available_cores", lambda: cores)
+
+        assert observe.lanes_and_batch({"a": megabytes << 20}, fixed) == expected
+
+    @pytest.mark.parametrize("lanes", [1, 2])
+    def test_an_activation_that_is_not_finite_is_named_first_where_it_began(self, portable, lanes):
         pictures = networks.images(2)
         pictures[1, 0, 0, 0] = np.inf
 
         with pytest.raises(StageError, match="NaN or infinite") as refused:
-            observe.observe(portable("lenet5").path, ["image", "conv1/Conv"], [pictures], total=2)
+            observe.observe(portable("lenet5").path, ["image", "conv1/Conv"], [pictures], total=2, lanes=lanes)
         assert refused.value.problems == ("image", "conv1/Conv")
 
     def test_calibration_without_an_image_is_refused(self, portable):
@@ -191,8 +275,8 @@ class TestCalibration:
         }
 
     def test_a_fixed_batch_that_the_last_images_do_not_fill_gives_the_ranges_of_a_dynamic_one(self, portable, tmp_path):
-        fixed = networks.exported("lenet5", tmp_path / "fixed", batch=5)
-        pictures = networks.images(9, seed=1)  # few enough that none of their values is skipped
+        fixed = networks.exported("lenet5", tmp_path / "fixed", batch=3)
+        pictures = networks.images(5, seed=1)  # few enough that none of their values is skipped
 
         one, other = (
             observe.load(networks.calibrated(source, tmp_path / name, pictures).path)
@@ -426,6 +510,13 @@ class TestTensorRTsRules:
         assert "logits" not in quantized_tensors(for_runtime("residual", "tensorrt"))
 
 
+GATE_WEIGHTS = {"w": networks.weights(8, 3, 3, 3), "v": networks.weights(8, 8, 1, 1), "u": networks.weights(5, 8, 3, 3)}
+GATED = """[first] c = Conv(image, w)  [pool] p = GlobalAveragePool(c)  [gate] g = Conv(p, v)  [soft] s = Sigmoid(g)
+           [scale] m = Mul(c, s)  [second] y = Conv(m, u)  [top] logits = GlobalAveragePool(y)"""
+SWISH = """[first] c = Conv(image, w)  [soft] s = Sigmoid(c)  [swish] m = Mul(c, s)  [second] y = Conv(m, u)
+           [top] logits = GlobalAveragePool(y)"""
+
+
 class TestUnusualGraphs:
     def quantized(self, folder: Path, body: str, weights: dict[str, np.ndarray], runtime: str = "onnxruntime") -> Artifact:
         return networks.quantized(networks.by_hand(folder / "source", body, weights), runtime, folder / runtime)
@@ -510,6 +601,97 @@ class TestUnusualGraphs:
 
         assert "p" not in quantized_tensors(artifact)
         assert artifact.facts["int8_layers"] == ["first", "second", "last"]
+
+    def kernels(self, artifact: Artifact, folder: Path) -> Mapping[str, Mapping[str, int]]:
+        return onnxruntime.realised(build.build(artifact, "onnxruntime", networks.made(folder / "engine")), artifact).kernels
+
+    def test_a_map_is_multiplied_by_its_gate_on_integers(self, tmp_path):
+        artifact = self.quantized(tmp_path, GATED, GATE_WEIGHTS)
+
+        assert {"c", "s", "m"} <= set(quantized_tensors(artifact))
+        assert self.kernels(artifact, tmp_path)["int8"]["QLinearMul"] == 1
+
+    @pytest.mark.parametrize("runtime", ["openvino", "tensorrt"])
+    def test_a_map_is_multiplied_by_its_gate_in_float_where_the_rules_do_not_say_otherwise(self, tmp_path, runtime):
+        assert "s" not in quantized_tensors(self.quantized(tmp_path, GATED, GATE_WEIGHTS, runtime))
+
+    @pytest.mark.parametrize(
+        "product",
+        [
+            "[other] o = Conv(image, w)  [soft] s = Sigmoid(o)  [scale] m = Mul(c, s)",  # a map by a map
+            "[scale] m = Mul(c, k)",  # by a constant
+            "[a] a = GlobalAveragePool(c)  [b] b = Sigmoid(a)  [scale] g = Mul(a, b)  [add] m = Add(c, g)",  # a gate by a gate
+        ],
+    )
+    def test_no_other_product_is_quantized(self, tmp_path, product):
+        body = f"[first] c = Conv(image, w)  {product}  [second] y = Conv(m, u)  [top] logits = GlobalAveragePool(y)"
+
+        source = networks.by_hand(tmp_path, body, {**GATE_WEIGHTS, "k": np.float32([[[2]]])})
+
+        decided = place.plan(ir.load(source.path).graph, runtimes.rules("onnxruntime"))
+
+        assert {"first", "second"} <= {node.name for node in decided.kernels}
+        assert "scale" not in {node.name for node in decided.kernels}
+
+    def test_a_split_hands_on_integers_at_the_scale_it_was_given(self, tmp_path):
+        weights = {"w": networks.weights(8, 3, 3, 3), "u": networks.weights(4, 4, 3, 3), "v": networks.weights(4, 4, 3, 3)}
+        body = """[first] c = Conv(image, w)  [split] a, b = Split<axis = 1, num_outputs = 2>(c)  [left] x = Conv(a, u)
+                  [right] y = Conv(b, v)  [cat] z = Concat<axis = 1>(x, y)  [last] q = Conv(z, h)
+                  [top] logits = GlobalAveragePool(q)"""
+
+        artifact = self.quantized(tmp_path, body, {**weights, "h": networks.weights(5, 8, 1, 1)})
+
+        found, values = quantized_tensors(artifact), constants(artifact)
+        assert values[found["c"]] == values[found["a"]] == values[found["b"]]
+        kernels = self.kernels(artifact, tmp_path)
+        assert kernels["int8"]["Split"] == 1
+        assert kernels["boundary"] == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+
+    def test_a_split_that_no_int8_layer_waits_for_stays_float(self, tmp_path):
+        weights = {"w": networks.weights(8, 3, 3, 3), "u": networks.weights(5, 144)}
+        body = """[first] c = Conv(image, w)  [split] a, b = Split<axis = 1, num_outputs = 2>(c)  [soft] s = Sigmoid(a)
+                  [other] t = Tanh(b)  [add] z = Add(s, t)  [top] logits = GlobalAveragePool(z)"""
+
+        artifact = self.quantized(tmp_path, body, weights)
+
+        assert set(quantized_tensors(artifact)) == {"image", "c"}
+
+    def test_a_linear_layers_result_is_quantized_only_where_an_int8_layer_reads_it(self, tmp_path):
+        weights = {"m": networks.weights(192, 8), "n": networks.weights(8, 8), "o": networks.weights(8, 5)}
+        body = """[flat] f = Flatten(image)  [first] a = Gemm(f, m)  [relu] r = Relu(a)  [second] b = Gemm(r, n)
+                  [soft] s = Sigmoid(b)  [norm] x = Tanh(s)  [last] logits = MatMul(x, o)"""
+
+        artifact = self.quantized(tmp_path, body, weights)
+
+        assert artifact.facts["int8_layers"] == ["first", "second", "last"]
+        assert set(quantized_tensors(artifact)) == {"f", "r", "x"}
+
+    def test_the_nodes_that_are_to_run_on_integers_are_those_that_do(self, for_runtime, portable, tmp_path):
+        for name in ("residual", "branches", "mobile"):
+            decided = place.plan(ir.load(portable(name).path).graph, runtimes.rules("onnxruntime"))
+            counts = self.kernels(for_runtime(name, "onnxruntime"), tmp_path / name)["int8"]
+
+            # Transposes are ONNX Runtime's own, into the layout of its kernels.
+            assert sum(counts.values()) - counts.get("Transpose", 0) == len(decided.kernels), name
+
+    def test_all_float_readers_of_a_tensor_read_one_copy_so_that_what_they_make_together_is_fused(self, tmp_path):
+        artifact = self.quantized(tmp_path, SWISH, GATE_WEIGHTS)
+
+        engine = build.build(artifact, "onnxruntime", networks.made(tmp_path / "engine"))
+
+        found = [node.op_type for node in onnx.load(engine.path).graph.node]
+        assert found.count("QuickGelu") == 1
+        assert found.count("DequantizeLinear") == 2  # one for it, and one for the answer
+        assert not {"Sigmoid", "Mul"} & set(found)
+
+    def test_a_copy_is_made_only_for_several_readers_in_float(self, for_runtime, tmp_path):
+        copied = {
+            name: [node.name for node in nodes_of(for_runtime(name, "onnxruntime")) if node.op_type == "Identity"]
+            for name in ("residual", "branches", "lenet5", "mobile")
+        }
+
+        assert copied["residual"] == copied["branches"] == copied["lenet5"] == []
+        assert copied["mobile"] == ["body.depthwise.0/Conv/DequantizeLinear/shared"]
 
     def test_a_graph_without_layers_has_nothing_to_quantize(self, tmp_path):
         with pytest.raises(UsageError, match="nothing to quantize"):

@@ -85,6 +85,8 @@ def drawn(name: str, count: int) -> np.ndarray:
 
 SHAPES = ("normal", "shifted normal", "half-normal", "relu", "relu6", "silu", "hard-swish", "laplace", "lognormal", "bimodal")
 SHAPES += ("two long tails", "negative", "pixels")
+# As ONNX Runtime lays out (3, 256, 28, 28): images, blocks of channels, rows, columns, channels of a block.
+IN_BLOCKS = (3, 16, 28, 28, 16)
 
 
 class TestHistogram:
@@ -118,6 +120,16 @@ class TestHistogram:
             low, high = (index - BINS // 2) * width, (index + 1 - BINS // 2) * width
             wide = values.astype(np.float64)
             assert seen.counts[index] == (((low <= wide) & (wide < high)).sum() if width else values.size)
+
+    @few
+    @given(st.lists(tensors, max_size=4), st.lists(tensors, max_size=4))
+    def test_what_two_have_seen_is_what_one_would_have_seen(self, batches, others):
+        one, other, before = histogram(*batches), histogram(*others), histogram(*others)
+
+        one.include(other)
+
+        assert same(one, histogram(*batches, *others))
+        assert same(other, before)
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_values_that_are_not_finite_are_refused_and_change_nothing(self, bad):
@@ -162,7 +174,9 @@ class TestSampling:
 
         assert np.array_equal(positions // stretch, np.arange(size // stretch))
 
-    @pytest.mark.parametrize("shape", [(16, 2048, 7, 7), (8, 256, 14, 14), (4, 64, 64, 64), (3, 3, 224, 224), (8, 56, 56, 96)])
+    @pytest.mark.parametrize(
+        "shape", [(16, 2048, 7, 7), (8, 256, 14, 14), (4, 64, 64, 64), (3, 3, 224, 224), (8, 56, 56, 96), IN_BLOCKS]
+    )
     def test_no_row_column_or_channel_is_read_more_often_than_another(self, shape):
         read = np.unravel_index(sample_of(int(np.prod(shape))), shape)
 
@@ -190,6 +204,27 @@ class TestSampling:
         assert everything.counts[beyond].sum() > 500
         assert np.array_equal(seen.counts[beyond], everything.counts[beyond])
 
+    def test_fewer_may_be_sampled_and_tails_and_extremes_stay_exact(self):
+        values = np.random.default_rng(0).standard_normal(50 * SAMPLE).astype(np.float32)
+        seen, fewer = Histogram(), Histogram()
+
+        seen.add(values)
+        fewer.add(values, SAMPLE // 4)
+
+        beyond = np.abs(np.arange(BINS) - BINS // 2) * 2 * seen.limit / BINS > 3.5
+        assert fewer.drawn.sum() == pytest.approx(SAMPLE / 4 + seen.drawn[beyond].sum(), rel=0.3)
+        assert fewer.counts.sum() == pytest.approx(values.size, rel=0.01)
+        assert np.array_equal(fewer.counts[beyond], seen.counts[beyond])
+        assert (fewer.low, fewer.high) == (seen.low, seen.high) == (values.min(), values.max())
+
+    @pytest.mark.parametrize("value", [-1.5, 0.0, 1.5])
+    def test_a_large_tensor_of_one_value_has_it_for_both_extremes(self, value):
+        seen = histogram(np.full(3 * SAMPLE + 5, value))
+
+        assert (seen.low, seen.high) == (value, value)
+        assert seen.counts.sum() == pytest.approx(3 * SAMPLE, rel=0.01)
+        assert np.count_nonzero(seen.counts) == 1
+
     @few
     @given(st.permutations(range(4)))
     def test_the_order_of_large_batches_does_not_matter_either(self, order):
@@ -198,9 +233,10 @@ class TestSampling:
         assert same(histogram(*batches), histogram(*(batches[index] for index in order)))
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    @pytest.mark.parametrize("place", [0, 70_001, -1])
-    def test_a_value_that_is_not_finite_is_found_wherever_it_is(self, bad, place):
-        values = np.ones(5 * SAMPLE, np.float32)
+    @pytest.mark.parametrize("place", [0, 1, 70_001, -1])
+    @pytest.mark.parametrize("size", [5 * SAMPLE, 5 * SAMPLE + 3, 16 * SAMPLE + 2])  # stretches may leave a rest
+    def test_a_value_that_is_not_finite_is_found_wherever_it_is(self, bad, place, size):
+        values = np.ones(size, np.float32)
         values[place] = bad
 
         with pytest.raises(ValueError, match="NaN or infinite"):

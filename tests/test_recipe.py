@@ -90,7 +90,9 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
             (content.setdefault(table, {}) if table else content)[key] = draw(values(dotted))
     content.pop("gate", None)
     content.get("data", {}).pop("name", None)
-    content.get("build", {}).pop("float_type", None)
+    for key in ("float_type", "keep"):
+        content.get("build", {}).pop(key, None)
+    content.get("quantize", {}).pop("cpu", None)
     content["name"] = content["name"].replace("/", "-").replace(".", "-")
     if content.get("quantize", {}).get("percentile") is not None:
         content["quantize"]["method"] = "percentile"
@@ -383,6 +385,21 @@ class TestContradictions:
             (
                 {"build": {"runtimes": ["tensorrt", "tensorrt"]}},
                 "build.runtimes = ['tensorrt', 'tensorrt'] names one of them twice",
+            ),
+            (
+                {"build": {"keep": "fastest"}, "benchmark": {"enabled": False}},
+                'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false',
+            ),
+            *(
+                (
+                    {"build": {"keep": "fastest", **nothing_to_choose_from}},
+                    'build.keep = "fastest" chooses among engines: set build.runtimes, and build.engine to "auto" or "require"',
+                )
+                for nothing_to_choose_from in ({"engine": "skip"}, {"runtimes": []})
+            ),
+            (
+                {"quantize": {"cpu": "any"}, "data": {"name": "digits"}, "build": {"runtimes": ["tensorrt"]}},
+                "quantize.cpu = 'any' means nothing for TensorRT, which runs on a GPU: leave it out",
             ),
         ],
     )

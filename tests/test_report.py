@@ -474,6 +474,28 @@ def test_a_layer_in_float_shows_its_reason() -> None:
     assert "its input is the network's input, which stays in float" in page.cells
 
 
+def test_what_was_weighed_before_an_int8_graph_was_chosen_stands_in_a_table() -> None:
+    page = Page(render(full_result()))
+
+    cells = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.cells]
+    first = cells.index("Way to quantize")
+    assert cells[first : first + 5] == ["Way to quantize", "Layers in INT8", "Size", "Latency", "Decision"]
+    rows = [cells[first + 5 + 5 * row : first + 10 + 5 * row] for row in range(3)]
+    assert [(row[0], row[1], row[3], row[4]) for row in rows] == [
+        ("int8", "5", "41.0 µs", "not chosen"),
+        ("int8 where it is faster", "3", "32.0 µs", "chosen"),
+        ("float", "0", "not raced: no doubt", "not chosen"),
+    ]
+
+
+def test_where_there_was_one_way_nothing_was_weighed() -> None:
+    result = full_result()
+    for engine in result["engines"]:
+        engine["candidates"] = engine.get("candidates", [])[:1]
+
+    assert "What was weighed" not in Page(render(result)).text
+
+
 def test_every_int8_engine_says_the_noise_that_was_asked_for_that_of_int8_and_that_of_what_is_shipped() -> None:
     page = Page(render(full_result()))
 
@@ -787,7 +809,17 @@ def _engine(label: str, precision: str, size: int, counts: Any, kernel: str, int
         "bytes": size,
         "realised": {"int8": int8, "total": 5, "kernels": counts, "layers": layers},
         "search": _search([name for name, _ in names]) if int8 else None,
+        "candidates": _candidates(size) if int8 else [],
     }
+
+
+def _candidates(size: int) -> list[dict[str, Any]]:
+    """Two ways that raced, and one that nobody measured."""
+    return [
+        {"name": "int8", "int8_layers": 5, "bytes": size, "latency_ns": 41_000.0, "chosen": False},
+        {"name": "int8 where it is faster", "int8_layers": 3, "bytes": 2 * size, "latency_ns": 32_000.0, "chosen": True},
+        {"name": "float", "int8_layers": 0, "bytes": 4 * size, "latency_ns": None, "chosen": False},
+    ]
 
 
 def _search(names: Sequence[str]) -> dict[str, Any]:

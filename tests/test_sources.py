@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploykit import pipeline
+from deploykit import pipeline, workspace
 from deploykit import recipe as recipes
 from deploykit.errors import DataError
 from deploykit.sources import Sources
@@ -170,7 +170,7 @@ class TestAFolder:
         (tmp_path / "out" / "backup.partial").write_text("mine")
 
         pipeline.run(asked, tmp_path / "out")
-        pipeline.clean(tmp_path / "out")
+        workspace.clean(tmp_path / "out")
 
         assert (tmp_path / "out" / "backup.partial").read_text() == "mine"
 

@@ -144,16 +144,20 @@ class TestTheCommand:
 
 
 class TestEngines:
-    def test_an_engine_may_be_named_by_its_folder_or_by_a_file_in_it(self, fp32):
-        assert timing.engines_at([fp32]) == timing.engines_at([fp32 / "engine.onnx"]) == {FP32: read_artifact(fp32)}
+    def test_an_engine_may_be_named_by_its_folder_or_by_a_file_in_it(self, fp32, tmp_path):
+        assert (
+            timing.engines_at([fp32], tmp_path)
+            == timing.engines_at([fp32 / "engine.onnx"], tmp_path)
+            == {FP32: read_artifact(fp32)}
+        )
 
     def test_two_engines_of_a_kind_are_told_apart_by_where_they_are(self, fp32, tmp_path):
         copy = shutil.copytree(fp32, tmp_path / "copy")
 
-        assert list(timing.engines_at([fp32, copy])) == [f"{fp32}: {FP32}", f"{copy}: {FP32}"]
+        assert list(timing.engines_at([fp32, copy], tmp_path)) == [f"{fp32}: {FP32}", f"{copy}: {FP32}"]
 
-    def test_what_a_killed_run_left_is_no_engine(self, run_folder):
-        assert list(timing.engines_at([run_folder])) == [FP32, INT8]
+    def test_what_a_killed_run_left_is_no_engine(self, run_folder, tmp_path):
+        assert list(timing.engines_at([run_folder], tmp_path)) == [FP32, INT8]
 
     def test_the_same_engine_twice_is_refused(self, refused, fp32):
         assert refused(fp32, fp32) == f"error: the same engine is named twice - {fp32}: {FP32}"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
 import pytest
 
-from deploykit import build, parity
-from deploykit.artifact import Precision, Samples
+from deploykit import build, data, parity, runtimes
+from deploykit.artifact import Artifact, Precision, Samples
 from deploykit.build import Engine
-from deploykit.gate import Verdict
+from deploykit.data import Images
+from deploykit.gate import Verdict, parse_rule
 from deploykit.recipe import shipped
-from deploykit.verify import _realised_gate
+from deploykit.runtimes import SLOW, onnxruntime
+from deploykit.verify import _blame, _realised_gate, graph_answers, judge_graph
 
 
 def samples(expected: np.ndarray, reference: np.ndarray) -> Samples:
@@ -57,7 +61,7 @@ class TestThePrecisionGate:
         found = _realised_gate(self.engine(tmp_path, pattern))
 
         assert found.verdict is Verdict.PASS
-        assert "kept in float: head (the recipe keeps it in float)" in found.reason
+        assert found.reason == "1 of 2 layers run in int8; kept in float, as the recipe asks: head"
 
     def test_a_layer_kept_in_float_between_int8_ones_is_float_in_the_engine(self, tmp_path):
         values = {"u": networks.weights(8, 3, 3, 3), "v": networks.weights(8, 8, 3, 3), "w": networks.weights(8, 8, 3, 3)}
@@ -92,6 +96,83 @@ class TestThePrecisionGate:
         found = _realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
 
         assert (found.verdict, "conv (not fused)" in found.reason) == (Verdict.FAIL, True)
+
+    def test_layers_kept_in_float_are_named_by_reason_five_of_each(self, tmp_path):
+        engine = self.engine(tmp_path, "head")
+        whys = {f"slow{number}": SLOW for number in range(7)} | {"head": "as the recipe asks"}
+        whys |= {name: f"too sensitive: {name} dB" for name in ("one", "two")}
+        facts = {**engine.model.facts, "kept_float": list(whys), "float_layers": whys}
+
+        found = _realised_gate(replace(engine, model=replace(engine.model, facts=facts)))
+
+        assert found.verdict is Verdict.PASS
+        assert found.reason.split("; ")[1:] == [
+            f"kept in float, {SLOW}: slow0, slow1, slow2, slow3, slow4 and 2 more",
+            "kept in float, as the recipe asks: head",
+            "kept in float, too sensitive: one (one dB), two (two dB)",
+        ]
+
+
+class TestTheBlame:
+    def int8(self, portable, search: Mapping[str, Any] | None) -> Artifact:
+        return replace(portable("lenet5"), facts={} if search is None else {"search": search})
+
+    def test_names_the_three_worst_that_are_still_in_int8_with_what_each_costs_alone(self, portable):
+        search = {
+            "kept": [{"layer": "b"}],
+            "spared": ["y"],
+            "errors": {"activations": {"x": 1e-2, "y": 1.0, "z": 1e-4}, "weights": {"a": 1e-1, "b": 1.0, "c": 1e-3}},
+        }
+
+        said = _blame(self.int8(portable, search))
+
+        assert said.startswith("; 1 sensitive layer in float already, most of what noise is left comes from the weights of a (")
+        assert said.endswith(
+            "the weights of a (10.0 dB alone), the activation x (20.0 dB alone), the weights of c (30.0 dB alone)"
+        )
+
+    @pytest.mark.parametrize("search", [None, {}, {"kept": [], "spared": [], "errors": None}])
+    def test_is_nothing_where_nothing_was_measured(self, portable, search):
+        assert _blame(self.int8(portable, search)) == ""
+
+
+@pytest.fixture(scope="module")
+def pictures(photos) -> Images:
+    return data.folder(photos, labelled=False)
+
+
+@pytest.fixture(scope="module", params=["dynamic", 5])
+def source(request, portable, tmp_path_factory) -> Artifact:
+    """LeNet-5 for a batch of any size, and of a fixed one that the pictures do not fill."""
+    if request.param == "dynamic":
+        return portable("lenet5")
+    return networks.exported("lenet5", tmp_path_factory.mktemp("fixed"), batch=request.param)
+
+
+class TestAGraphThatHasNoEngineYet:
+    def test_answers_all_images_whatever_batch_it_takes_and_counts_them(self, source, pictures, portable):
+        seen: list[tuple[str, int, int]] = []
+        wanted = next(pictures.batches(source.preprocess, 12))
+
+        found = graph_answers(onnxruntime.reference(source.path), source, pictures, progress=lambda *step: seen.append(step))
+
+        everything = runtimes.run(onnxruntime.reference(portable("lenet5").path), {"image": wanted})["logits"]
+        assert found == pytest.approx(everything, rel=1e-5, abs=1e-6)
+        assert seen[-1] == ("gate", 12, 12)
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "tensorrt"])
+    def test_is_judged_by_its_decisions_on_the_images(self, source, pictures, runtime, tmp_path):
+        candidate = networks.quantized(source, runtime, tmp_path)
+        answers = graph_answers(onnxruntime.reference(source.path), source, pictures)
+
+        def verdict(reference: np.ndarray, *rules: str) -> Verdict:
+            return judge_graph(candidate, runtime, reference, pictures, [parse_rule(rule) for rule in rules])
+
+        assert verdict(answers, "disagreements <= 12") is Verdict.PASS
+        assert verdict(-answers, "disagreements <= 0") is Verdict.FAIL
+        assert verdict(-answers, "disagreements <= 12", "disagreements <= 11") is Verdict.FAIL
+        assert verdict(answers, "agreement >= 99 %") is Verdict.CANNOT_TELL  # twelve images are too few
+        assert verdict(answers) is Verdict.PASS
 
 
 class TestSmallThings:

@@ -24,6 +24,7 @@ from deploykit.benchmark.report import BenchmarkReport, Process, about
 from deploykit.errors import DeploykitError
 from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
+from deploykit.runtimes import KernelTime
 
 
 def benchmark(
@@ -63,6 +64,15 @@ def benchmark(
     progress("benchmark", len(order), len(order))
     settings = {**request, "processes": processes, "seed": seed, "engines": {label: about(e) for label, e in engines.items()}}
     return BenchmarkReport(tuple(found), baseline, settings, Machine.probe())
+
+
+def profile(engine: Artifact, model: Artifact, *, queries: int = 20) -> list[KernelTime]:
+    """The time of every kernel of `engine`, which was built from `model`, in a fresh process.
+
+    Raises DeploykitError with what the process printed when it fails.
+    """
+    folders = {"engine": str(engine.folder.absolute()), "model": str(model.folder.absolute())}
+    return [KernelTime(**kernel) for kernel in _in_fresh_process({**folders, "profile": queries})["kernels"]]
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:

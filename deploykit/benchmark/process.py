@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +24,20 @@ from deploykit.errors import DeploykitError
 from deploykit.jsonable import to_json
 
 _NULL_QUERIES = 1000
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for: a measurement, or with `request["profile"]`, a number of queries, the time of every kernel."""
+    return profile(request) if "profile" in request else measure(request)
+
+
+def profile(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The kernels of the engine in the folder `request["engine"]`, which was built from the model in `request["model"]`."""
+    engine, model = (read_artifact(Path(request[key])) for key in ("engine", "model"))
+    runtime = cast(runtimes.ProfilingRuntime, runtimes.get(str(engine.facts["runtime"])))
+    inputs = _batches_of(engine.samples(), images_per_query(engine))[0]
+    kernels = runtime.profile(engine, model, inputs, queries=request["profile"])
+    return {"kernels": [to_json(kernel) for kernel in kernels]}
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,6 +91,6 @@ def _batches_of(samples: Samples, size: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(json.dumps(measure(json.load(sys.stdin))) + "\n")
+        sys.stdout.write(json.dumps(answer(json.load(sys.stdin))) + "\n")
     except DeploykitError as error:
         sys.exit(str(error))

@@ -6,28 +6,30 @@ never runs the images again.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from deploykit import runtimes
-from deploykit.artifact import SAMPLES, Artifact, Format, Precision
-from deploykit.errors import StageError, UsageError
+from deploykit.artifact import Artifact, Format
+from deploykit.errors import UsageError
+from deploykit.gate import Verdict
 from deploykit.jsonable import to_json
 from deploykit.progress import Progress, silent
-from deploykit.quantize import observe, optimal, place, ranges, sensitivity
+from deploykit.quantize import observe, optimal, place, ranges, rounding, sensitivity
 from deploykit.quantize.histogram import Histogram
 from deploykit.quantize.inputs import Inputs
-from deploykit.quantize.insert import insert
-from deploykit.quantize.sensitivity import Search
+from deploykit.quantize.ranges import Range
+from deploykit.quantize.sensitivity import Kept, Search
+from deploykit.quantize.speed import Costs, Stopwatch
+from deploykit.quantize.trials import Calibrated, Candidate, Trials, float_graph, too_sensitive
 from deploykit.recipe import QuantizeTable
-from deploykit.runtimes import onnxruntime
 
 OBSERVATIONS = "observations.npz"
 
@@ -46,16 +48,17 @@ def calibrate(
     `batches(n)` gives the `images` preprocessed calibration images as (n, C, H, W) arrays; `names` are what messages call
     them. What is doubtful about them becomes `warnings` in the facts. Raises DataError when some hold NaN or infinite values.
     """
-    graph = _load(model).graph
+    graph = float_graph(model).graph
     known = [entry.rules for entry in runtimes.REGISTRY.values() if entry.rules is not None]
     tensors = place.tensors(graph, known)
     if not tensors:
         raise UsageError(
             f"{model.facts.get('model')} has nothing to quantize", why="no Conv, Gemm or MatMul has constant weights"
         )
-    size = observe.batch_size(bytes_for_one_image(graph, tensors)) if _is_dynamic(model) else int(model.inputs[0].shape[0])
+    fixed = None if _is_dynamic(model) else int(model.inputs[0].shape[0])
+    lanes, size = observe.lanes_and_batch(bytes_for_one_image(graph, tensors), fixed)
     inputs = Inputs(names)
-    seen = observe.observe(model.path, tensors, inputs.passing(batches(size)), total=images, progress=progress)
+    seen = observe.observe(model.path, tensors, inputs.passing(batches(size)), total=images, lanes=lanes, progress=progress)
     observe.save(seen, folder / OBSERVATIONS)
     return replace(
         model,
@@ -76,56 +79,85 @@ def quantize(
     folder: Path,
     *,
     images: Callable[[], NDArray[np.float32]] | None = None,
+    judge: Callable[[Artifact], Verdict] | None = None,
+    stopwatch: Stopwatch | None = None,
     progress: Progress = silent,
 ) -> Artifact:
     """Write `model.onnx` with Q/DQ by the rules of `runtime`, and its golden samples, into `folder`.
 
-    `images()` gives a few calibration images (n, C, H, W). With them the noise that INT8 adds to the output is measured, and
-    where it is above what `settings` allow, the layers that cause it stay in float: facts["search"] says which and why.
-    Without them (random weights, whose noise means nothing) nothing is searched.
+    `images()` gives a few calibration images (n, C, H, W). With them weights are rounded as `settings` say, and the noise
+    that INT8 adds to the output is measured; where it is above what `settings` allow, or `judge` (the recipe's gate) does not
+    pass the graph, the layers that cause it stay in float: facts["search"] says which and why. Without them (random weights,
+    whose noise means nothing) weights are rounded to the nearest and nothing is searched. With a `stopwatch` layers also stay
+    in float where that is faster on this machine: facts["candidates"] has what was weighed.
 
     Raises StageError when a layer that the plan claims as int8 does not stand between Q/DQ in the written file.
     """
-    rules = runtimes.rules(runtime)
-    source = _load(model)
+    some = None if images is None else images()
+    calibrated = _calibrated(model, observations, settings, runtime, some, progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        trials = Trials(calibrated, Path(scratch))
+        costs = None if stopwatch is None else trials.costs(stopwatch)
+        search = Search() if some is None else _searched(trials, some, judge, costs, progress)
+        floats = too_sensitive(search.kept)
+        candidates: list[Candidate] = []
+        if stopwatch is not None:
+            floats, candidates = trials.fastest(floats, costs, stopwatch)
+        if some is not None and len(floats) > len(search.kept):
+            always = [*settings.float_layers, *floats]
+            case = (float_graph(model), calibrated.rules, calibrated.ranges, some, always, calibrated.rounded)
+            search = replace(search, after_db=sensitivity.shipped_db(*case))
+    made = calibrated.write(floats, folder)
+    weighed = [to_json(candidate) for candidate in candidates]
+    return replace(made, facts={**made.facts, "search": to_json(search), "candidates": weighed})
+
+
+def _calibrated(
+    model: Artifact,
+    observations: Artifact,
+    settings: QuantizeTable,
+    runtime: str,
+    images: NDArray[np.float32] | None,
+    progress: Progress,
+) -> Calibrated:
+    """Ranges by the method of `settings`, and with `images` weights that are rounded as they say."""
+    rules = runtimes.rules(runtime, settings.cpu)
+    source = float_graph(model)
     decided = place.plan(source.graph, rules, settings.float_layers)
     if not place.claimed(decided):
         problems = [f"{layer.name}: {layer.why}" for layer in decided.layers]
         raise UsageError(f"no layer of {model.facts.get('model')} can run in int8", problems=problems)
     seen = observe.load(observations.path)
-    kept_ranges = {name: _range(seen[name], settings, rules.activations) for name in decided.uses if name in seen}
-    search = Search() if images is None else sensitivity.search(source, rules, kept_ranges, settings, images(), progress=progress)
-    graph = _load(model)
-    decided = place.plan(graph.graph, rules, [*settings.float_layers, *(step.layer for step in search.kept)])
-    insert(graph, decided, kept_ranges, rules)
-    path = folder / "model.onnx"
-    ir.save(graph, path)
-    onnx.checker.check_model(onnx.load(path), full_check=True)
-    _check_claims(path, decided)
-    onnxruntime.literally(model, path, model.samples()).save(folder / SAMPLES)
-    why = {
-        step.layer: f"too sensitive: {step.before_db:.1f} dB expected at the output with it in int8, {step.after_db:.1f} without"
-        for step in search.kept
-    }
-    return replace(
-        model,
-        path=path,
-        stage="quantize",
-        precision=Precision.INT8,
-        parents=(model.sha256, observations.sha256),
-        settings=to_json(settings),  # type: ignore[arg-type]
-        facts={
-            **model.facts,
-            "rules": runtime,
-            "int8_layers": place.claimed(decided),
-            "float_layers": {layer.name: why.get(layer.name, layer.why) for layer in decided.layers if not layer.int8},
-            "kept_float": [layer.name for layer in decided.layers if layer.why == place.KEPT],
-            "search": to_json(search),
-        },
-    )
+    # An affine range has the same steps whether its integers are signed or not.
+    integers: ranges.Integers = "int8" if rules.activations == "int8" else "uint8"
+    kept_ranges = {name: _range(seen[name], settings, integers) for name in decided.uses if name in seen}
+    rounded = rounding.NEAREST
+    if images is not None and settings.rounding == "together":
+        rounded = rounding.rounded(source, decided, kept_ranges, rules, images, progress=progress)
+    return Calibrated(model, observations, settings, runtime, rules, kept_ranges, rounded)
 
 
-def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) -> ranges.Range:
+def _searched(
+    trials: Trials,
+    images: NDArray[np.float32],
+    judge: Callable[[Artifact], Verdict] | None,
+    costs: Costs | None,
+    progress: Progress,
+) -> Search:
+    """Which layers stay in float for the noise that `settings` allow, and for the gate."""
+    of = trials.calibrated
+    case = (float_graph(of.model), of.rules, of.ranges, of.settings, images)
+    found = sensitivity.search(*case, rounded=of.rounded, costs=costs, progress=progress)
+    if judge is None:
+        return found
+
+    def passes(kept: Sequence[Kept]) -> Verdict:
+        return judge(trials.made(too_sensitive(kept)))
+
+    return sensitivity.search_for_gate(*case, found, passes, rounded=of.rounded, costs=costs, progress=progress)
+
+
+def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) -> Range:
     match settings.method:
         case "minmax":
             return ranges.minmax(seen)
@@ -137,27 +169,6 @@ def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) 
             return optimal.mse(seen, integers)
         case _:
             assert_never(settings.method)
-
-
-def _check_claims(path: Path, decided: place.Plan) -> None:
-    """Every layer claimed as int8 reads its input and its weights from a DequantizeLinear, in the file as written."""
-    nodes = {node.name: node for node in ir.load(path).graph}
-    wrong = [name for name in place.claimed(decided) if not _reads_dequantized(nodes.get(name))]
-    if wrong:
-        raise StageError("these layers were to be quantized and are not", problems=wrong)
-
-
-def _reads_dequantized(node: ir.Node | None) -> bool:
-    if node is None:
-        return False
-    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
-
-
-def _load(model: Artifact) -> ir.Model:
-    if model.format is not Format.ONNX or model.precision is not Precision.FP32:
-        raise UsageError(f"only an FP32 ONNX artifact can be quantized, not {model.precision.value} {model.format.value}")
-    return ir.load(model.path)
 
 
 def bytes_for_one_image(graph: ir.Graph, names: Sequence[str]) -> dict[str, int]:

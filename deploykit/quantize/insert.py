@@ -10,10 +10,19 @@ from numpy.typing import NDArray
 
 from deploykit.errors import StageError
 from deploykit.quantize import place
-from deploykit.quantize.ranges import QuantParameters, Range, affine_uint8, symmetric_int8, weight_scales
+from deploykit.quantize.ranges import (
+    QuantParameters,
+    Range,
+    affine_int8,
+    affine_uint8,
+    largest_integer,
+    symmetric_int8,
+    weight_scales,
+)
 from deploykit.runtimes import QdqRules
 
 INTEGERS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
+_COMPUTE = {"uint8": affine_uint8, "affine int8": affine_int8, "int8": symmetric_int8}
 
 
 def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], rules: QdqRules) -> None:
@@ -29,8 +38,10 @@ def insert(model: ir.Model, decided: place.Plan, ranges: Mapping[str, Range], ru
         value = node.inputs[index]
         assert value is not None
         dequantized = add_pair(graph, value, parameters[name])
+        floats = [node for node, _ in uses if node not in decided.kernels]
+        shared = _shared(graph, dequantized) if sum(map(_readers_inside, floats)) > 1 else dequantized
         for node, index in uses:
-            node.replace_input_with(index, dequantized)
+            node.replace_input_with(index, shared if node in floats else dequantized)
             scale_read[node, index] = parameters[name].scale
     layers = {layer.name for layer in decided.layers if layer.int8}
     for node in list(graph):
@@ -50,7 +61,7 @@ def activation_parameters(decided: place.Plan, ranges: Mapping[str, Range], rule
     for name in decided.uses:
         root = decided.groups.get(name, name)
         shared[root] = shared[root].union(ranges[name]) if root in shared else ranges[name]
-    compute = affine_uint8 if rules.activations == "uint8" else symmetric_int8
+    compute = _COMPUTE[rules.activations]
     return {name: compute(shared[decided.groups.get(name, name)]) for name in decided.uses}
 
 
@@ -69,6 +80,22 @@ def add_pair(graph: ir.Graph, value: ir.Value, parameters: QuantParameters) -> i
     else:
         graph.insert_after(producer, [quantize, dequantize])
     return dequantize.outputs[0]
+
+
+def _readers_inside(node: ir.Node) -> int:
+    """How often a float operator reads its input: ONNX Runtime takes a HardSwish apart into x * hardsigmoid(x)."""
+    return 2 if node.op_type == "HardSwish" else 1
+
+
+def _shared(graph: ir.Graph, dequantized: ir.Value) -> ir.Value:
+    """One float copy for all readers that run on floats: ONNX Runtime gives every reader of a DequantizeLinear its own, which
+    costs time and hides patterns of several operators, such as x * sigmoid(x), from its fusions."""
+    producer = dequantized.producer()
+    assert producer is not None
+    node = ir.node("Identity", [dequantized], name=f"{producer.name}/shared")
+    describe(node.outputs[0], f"{dequantized.name}/shared", ir.DataType.FLOAT, dequantized.shape)
+    graph.insert_after(producer, node)
+    return node.outputs[0]
 
 
 def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_scale: float) -> None:
@@ -95,10 +122,22 @@ def quantized_weights(
     values = weight.const_value.numpy().astype(np.float32)
     bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
     axis = place.output_axis(node)
-    scale = weight_scales(values, axis, bias=bias_values if rules.bias == "int32" else None, input_scale=input_scale)
+    bias_kept = bias_values if rules.bias == "int32" else None
+    bits = _weight_bits(node, rules)
+    scale = weight_scales(values, axis, bias=bias_kept, input_scale=input_scale, bits=bits)
     shape = tuple(-1 if index == axis else 1 for index in range(values.ndim))
-    integers = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
+    largest = largest_integer(bits)
+    integers = np.clip(np.rint(values / scale.reshape(shape)), -largest, largest).astype(np.int8)
     return integers, scale, shape
+
+
+def largest_weight(node: ir.Node, rules: QdqRules) -> int:
+    """What the integers of a layer's weights go up to, and down to with the other sign."""
+    return largest_integer(_weight_bits(node, rules))
+
+
+def _weight_bits(node: ir.Node, rules: QdqRules) -> int:
+    return 8 if place.is_depthwise(node) else rules.weight_bits
 
 
 def _weight_pair(

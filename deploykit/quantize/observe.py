@@ -2,67 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from deploykit.errors import StageError
 from deploykit.machine import available_cores
 from deploykit.progress import Progress, silent
-from deploykit.quantize.histogram import Histogram
-from deploykit.runtimes import onnxruntime, padded
+from deploykit.quantize.expose import Exposed, expose
+from deploykit.quantize.histogram import SAMPLE, Histogram
+from deploykit.runtimes import padded
+
+# Of the activations that are held at once: six images of ResNet-50's. It then takes 0.4 GiB beside the loaded model.
+BUDGET_BYTES = 400 << 20
+_MOST = 16
 
 
 def observe(
-    model: Path, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]], *, total: int, progress: Progress = silent
+    model: Path,
+    tensors: Sequence[str],
+    batches: Iterable[NDArray[np.float32]],
+    *,
+    total: int,
+    lanes: int = 1,
+    progress: Progress = silent,
 ) -> dict[str, Histogram]:
     """Run the float graph over `batches` (N, C, H, W) and histogram each of `tensors`; `total` images are announced.
 
-    Raises StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
+    `lanes` batches are worked on at once, each by one thread from the first layer to the last histogram: threads that
+    shared a layer would wait for each other at its end, and those that only counted for the interpreter's lock. Raises
+    StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
     """
-    source, size, session = _open(model, tensors)
-    histograms = {name: Histogram() for name in tensors}
-    broken: set[str] = set()
+    exposed = expose(model, tensors, threads=max(1, available_cores() - lanes + 1))
+    work = [_Lane(exposed, tensors, SAMPLE // lanes) for _ in range(lanes)]
     done = 0
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for batch in batches:
-            session.feed({source: padded(batch, size)})
-            session.execute()
-            # Views, because copies of all activations take longer than the network itself.
-            views = {source: batch, **session.views()}
-            fine = pool.map(_add, histograms.values(), [_unpadded(views[name], len(batch), size) for name in histograms])
-            broken = {name for name, is_fine in zip(histograms, fine, strict=True) if not is_fine}
+    with ThreadPoolExecutor(lanes) as pool:
+        for images, broken in _in_order(pool, work, batches):
             if broken:
-                break
-            done += len(batch)
+                raise StageError(
+                    "calibration met activations that are NaN or infinite",
+                    problems=broken,
+                    why="the first of them in graph order is where it began",
+                    fix="check the weights and the preprocessing",
+                )
+            done += images
             progress("calibrate", done, total)
-    session.close()
-    if broken:
-        raise StageError(
-            "calibration met activations that are NaN or infinite",
-            problems=[name for name in tensors if name in broken],
-            why="the first of them in graph order is where it began",
-            fix="check the weights and the preprocessing",
-        )
     if done == 0:
         raise StageError("there was no image to calibrate on")
-    return histograms
+    for lane in work[1:]:
+        for name, histogram in lane.histograms.items():
+            work[0].histograms[name].include(histogram)
+    return work[0].histograms
 
 
-def _open(model: Path, tensors: Sequence[str]) -> tuple[str, int | None, onnxruntime.OnnxSession]:
-    """The graph with `tensors` as outputs: the name of its input, its batch when that is fixed, and a session of it."""
-    graph = ir.load(model)
-    source = graph.graph.inputs[0]
-    size = source.shape[0] if source.shape is not None else None
-    original = {value.name for value in (source, *graph.graph.outputs)}
-    by_name = {value.name: value for node in graph.graph for value in node.outputs}
-    graph.graph.outputs.extend(by_name[name] for name in tensors if name not in original)
-    session = onnxruntime.reference(ir.to_proto(graph).SerializeToString(), optimise=True)
-    return source.name or "", size if isinstance(size, int) else None, session
+class _Lane:
+    """Buffers for one batch at a time, and histograms of all that went through them."""
+
+    def __init__(self, exposed: Exposed, tensors: Sequence[str], sample: int) -> None:
+        self.histograms = {name: Histogram() for name in tensors}
+        self._exposed = exposed
+        self._session = exposed.session.another()
+        self._sample = sample
+
+    def take(self, batch: NDArray[np.float32]) -> tuple[int, list[str]]:
+        """How many images were run, and which tensors hold NaN or infinite values; those were not counted."""
+        source, size = self._exposed.source, self._exposed.batch
+        self._session.feed({source: padded(batch, size)})
+        self._session.execute()
+        # Views, because copies of all activations take longer than the network itself.
+        views = {source: batch, **self._session.views()}
+        # Batches in work at once share one sample, so an image gives as many values as in one batch of them all, and
+        # nowhere fewer than in the largest.
+        sample = min(SAMPLE, max(self._sample, len(batch) * SAMPLE // _MOST))
+        values = {name: _unpadded(views[self._exposed.outputs[name]], len(batch), size) for name in self.histograms}
+        return len(batch), [name for name in values if not _add(self.histograms[name], values[name], sample)]
+
+
+def _in_order(pool: Executor, lanes: Sequence[_Lane], batches: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, list[str]]]:
+    """What became of each batch; as many as there are lanes are worked on while the next is being read."""
+    working: deque[Future[tuple[int, list[str]]]] = deque()
+    for batch, lane in zip(batches, cycle(lanes), strict=False):
+        if len(working) == len(lanes):
+            yield working.popleft().result()
+        working.append(pool.submit(lane.take, batch))
+    while working:
+        yield working.popleft().result()
 
 
 def _unpadded(values: NDArray[np.float32], images: int, size: int | None) -> NDArray[np.float32]:
@@ -71,18 +100,25 @@ def _unpadded(values: NDArray[np.float32], images: int, size: int | None) -> NDA
     return values[:images] if is_padded else values
 
 
-def _add(histogram: Histogram, values: NDArray[np.float32]) -> bool:
+def _add(histogram: Histogram, values: NDArray[np.float32], sample: int) -> bool:
     """Whether all values were finite; otherwise the histogram stays as it was."""
     try:
-        histogram.add(values)
+        histogram.add(values, sample)
     except ValueError:
         return False
     return True
 
 
-def batch_size(tensors: Mapping[str, int], budget_bytes: int = 256 << 20, most: int = 16) -> int:
+def batch_size(tensors: Mapping[str, int], budget_bytes: int = 256 << 20, most: int = _MOST) -> int:
     """How many images at once keep all observed activations (bytes for one image each) within the budget."""
     return max(1, min(most, budget_bytes // max(1, sum(tensors.values()))))
+
+
+def lanes_and_batch(tensors: Mapping[str, int], fixed: int | None) -> tuple[int, int]:
+    """How many batches to work on at once, and how large each is to be, where the graph does not fix that."""
+    images = batch_size(tensors, BUDGET_BYTES)
+    lanes = max(1, min(available_cores(), images // (fixed or 1)))
+    return lanes, fixed or images // lanes
 
 
 def save(histograms: Mapping[str, Histogram], path: Path) -> None:

@@ -4,7 +4,8 @@ A *layer* is a Conv, a Gemm, or a MatMul with constant weights. Its input is qua
 taken after a Relu or Clip that the runtime fuses into the quantization. Operators that only pass values on (MaxPool,
 Reshape, ...) share one scale between input and output, so that they run on the integers as they are. An Add, Concat or
 average pool runs in int8 only where it stands between int8 neighbours; elsewhere quantizing it costs accuracy and
-time for nothing.
+time for nothing. So does a Mul of a map by its gate (squeeze-and-excite), where the rules say so: the gate has one value for
+each channel, and its rounding is a small factor on the whole channel.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import onnx_ir as ir
 from deploykit.errors import UsageError
 from deploykit.runtimes import QdqRules
 
-KEPT = "the recipe keeps it in float"
+KEPT = "as the recipe asks"
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-_FUSED = frozenset({"Relu", "Clip"})
+FUSED = frozenset({"Relu", "Clip"})
 # Input 0 is the only activation; the values that come out are values that went in (or a pad's zero).
-_PASSING = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Identity"})
+_PASSING = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Identity"})
 _POOLS = frozenset({"GlobalAveragePool", "AveragePool"})
-_BETWEEN = frozenset({"Add", "Concat"}) | _POOLS
+_JOINING = frozenset({"Add", "Concat", "Mul"})
+_BETWEEN = _JOINING | _POOLS
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Plan:
     """What will be quantized. `uses` maps a tensor to the (node, input index) pairs that read its DQ; `groups` maps it to
-    the name that stands for all tensors sharing its scale."""
+    the name that stands for all tensors sharing its scale; `kernels` are the nodes that are to run on integers."""
 
     layers: tuple[LayerPlan, ...]
     uses: Mapping[str, tuple[tuple[ir.Node, int], ...]]
     groups: Mapping[str, str]
+    kernels: frozenset[ir.Node]
 
 
 def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Plan:
@@ -61,20 +64,31 @@ def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Pl
     layers = [_judge(node, rules, keep_float) for node in nodes]
     int8 = {node for node, layer in zip(nodes, layers, strict=True) if layer.int8}
     quantized = {_input(node) for node in int8}
+    wanting = _wanting(graph, int8, rules)
     if rules.outputs:
-        quantized |= {_site(node.outputs[0]) for node in int8 if not _site(node.outputs[0]).is_graph_output()}
-    wanting = _wanting(graph, int8)
+        # The integer products of a Gemm or MatMul come out as floats too, so only what an int8 layer reads needs a scale; but
+        # a Relu behind one would be fused into a float kernel.
+        sites = {site(node.outputs[0]) for node in int8 if node.op_type == "Conv" or site(node.outputs[0]) is not node.outputs[0]}
+        quantized |= {value for value in sites if not value.is_graph_output() and not _may_be_float(value, rules, wanting)}
     between = {node for node in graph if node.op_type in _BETWEEN and node in wanting}
     if not rules.outputs:
         # Only inputs carry Q/DQ: whatever an int8 neighbour reads is quantized where it is read.
         return _plan_inputs(graph, rules, layers, int8, between)
-    passing = _spread(graph, quantized, between, wanting)
+    running = _spread(graph, quantized, between, wanting)
     groups = _Groups()
-    for node in passing:
-        groups.join(_input(node).name, _site(node.outputs[0]).name)
+    for node in running:
+        if node.op_type not in _PASSING:
+            continue
+        for output in node.outputs:
+            groups.join(_input(node).name, site(output).name)
+    if rules.share_concat_scale:
+        for node in running:
+            if node.op_type == "Concat":
+                for value in _activations(node):
+                    groups.join(value.name, site(node.outputs[0]).name)
     ordered = [value for value in (*graph.inputs, *(out for node in graph for out in node.outputs)) if value in quantized]
     uses = {value.name: tuple(value.uses()) for value in ordered}  # in graph order, so that the same graph gives the same file
-    return Plan(tuple(layers), _named(uses), {name: groups.root(name) for name in _named(uses)})
+    return Plan(tuple(layers), _named(uses), {name: groups.root(name) for name in _named(uses)}, frozenset({*int8, *running}))
 
 
 def tensors(graph: ir.Graph, rules: Sequence[QdqRules]) -> list[str]:
@@ -110,6 +124,14 @@ def output_axis(node: ir.Node) -> int:
     return 1
 
 
+def is_depthwise(node: ir.Node) -> bool:
+    """Whether each channel is convolved by itself."""
+    weight = node.inputs[1]
+    if node.op_type != "Conv" or weight is None or weight.shape is None:
+        return False
+    return weight.shape[1] == 1 and node.attributes.get_int("group", 1) == weight.shape[0] != 1
+
+
 def _why_float(node: ir.Node, rules: QdqRules) -> str:
     """Why a layer cannot be quantized by these rules; empty when it can."""
     weight = node.inputs[1]
@@ -127,7 +149,7 @@ def _why_float(node: ir.Node, rules: QdqRules) -> str:
     channels = weight.const_value.shape[output_axis(node)]
     if bias is not None and bias.const_value is not None and list(bias.const_value.shape) != [channels]:
         return "its bias is not one number for each output channel"
-    if rules.outputs and node.op_type == "Conv" and _site(node.outputs[0]).is_graph_output():
+    if rules.outputs and not rules.float_results and node.op_type == "Conv" and site(node.outputs[0]).is_graph_output():
         return "its result is the network's output, and the int8 convolution needs a quantized one"
     return ""
 
@@ -157,40 +179,45 @@ def _plan_inputs(
             names = [read(node, index) for index in range(len(node.inputs))]
             if rules.share_concat_scale:
                 for name in names:
-                    groups.join(name, _site(node.outputs[0]).name)
+                    groups.join(name, site(node.outputs[0]).name)
     for node in graph:
         # A pool that hands on integers keeps their scale; the Q in front of it is needed only where a Concat follows.
-        if node.op_type in _PASSING and _input(node).name in uses and _site(node.outputs[0]).name in uses:
-            groups.join(_input(node).name, _site(node.outputs[0]).name)
-    return Plan(tuple(layers), _named({k: tuple(v) for k, v in uses.items()}), {name: groups.root(name) for name in uses})
+        if node.op_type in _PASSING and _input(node).name in uses:
+            for output in node.outputs:
+                if site(output).name in uses:
+                    groups.join(_input(node).name, site(output).name)
+    roots, kernels = {name: groups.root(name) for name in uses}, frozenset(int8 | between)
+    return Plan(tuple(layers), _named({k: tuple(v) for k, v in uses.items()}), roots, kernels)
 
 
 def _spread(graph: ir.Graph, quantized: set[ir.Value], between: set[ir.Node], wanting: set[ir.Node]) -> list[ir.Node]:
-    """Grow `quantized` along the graph through operators that run in int8 between int8 neighbours; returns the passing ones."""
-    passing = []
+    """Grow `quantized` along the graph through operators that run in int8 between int8 neighbours; returns these."""
+    running = []
     for node in graph:
-        if node.op_type in _PASSING and node in wanting and _input(node) in quantized:
-            passing.append(node)
-        elif not (node in between and all(value in quantized for value in _activations(node))):
-            continue
-        quantized.add(_site(node.outputs[0]))
-    return passing
+        passes = node.op_type in _PASSING and node in wanting and _input(node) in quantized
+        joins = node in between and all(value in quantized or _is_gate(node, value) for value in _activations(node))
+        if passes or joins:
+            running.append(node)
+            quantized.update(_activations(node), (site(output) for output in node.outputs))
+    return running
 
 
-def _wanting(graph: ir.Graph, int8: set[ir.Node]) -> set[ir.Node]:
+def _wanting(graph: ir.Graph, int8: set[ir.Node], rules: QdqRules) -> set[ir.Node]:
     """Operators whose result reaches an int8 layer through nothing but operators that can run in int8."""
     wanting = set(int8)
     for node in reversed(list(graph)):
-        if node.op_type in _PASSING | _BETWEEN and _is_between(node):
-            site = _site(node.outputs[0])
-            if any(use.node in wanting and _reads_activation(use.node, use.idx) for use in site.uses()):
+        if node.op_type in _PASSING | _BETWEEN and _is_between(node, rules):
+            uses = [use for output in node.outputs for use in site(output).uses()]
+            if any(use.node in wanting and _reads_activation(use.node, use.idx) for use in uses):
                 wanting.add(node)
     return wanting
 
 
-def _is_between(node: ir.Node) -> bool:
-    """An Add or Concat of activations alone, a Pad with zeros; the other operators always qualify."""
-    if node.op_type in ("Add", "Concat"):
+def _is_between(node: ir.Node, rules: QdqRules) -> bool:
+    """An Add or Concat of activations alone, a Mul of a map by its gate, a Pad with zeros; the other operators always qualify."""
+    if node.op_type == "Mul" and not (rules.gates and sum(_is_gate(node, value) for value in _activations(node)) == 1):
+        return False
+    if node.op_type in _JOINING:
         return len(_activations(node)) == len(node.inputs)
     if node.op_type == "Pad" and len(node.inputs) > 2 and (fill := node.inputs[2]) is not None:
         # Pooling is often padded with -inf, which no scale represents.
@@ -198,12 +225,22 @@ def _is_between(node: ir.Node) -> bool:
     return True
 
 
+def _may_be_float(result: ir.Value, rules: QdqRules, wanting: set[ir.Node]) -> bool:
+    """Whether a Conv's result need not be quantized by these rules, because nothing reads it as integers."""
+    return rules.float_results and not any(use.node in wanting for use in result.uses())
+
+
+def _is_gate(node: ir.Node, value: ir.Value) -> bool:
+    """Whether `value` is what a Mul multiplies whole channels with: one number for each, (N, C, 1, 1)."""
+    return node.op_type == "Mul" and value.shape is not None and len(value.shape) == 4 and list(value.shape)[2:] == [1, 1]
+
+
 def _reads_activation(node: ir.Node, index: int) -> bool:
-    return index == 0 or node.op_type in ("Add", "Concat")
+    return index == 0 or node.op_type in _JOINING
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    if node.op_type in ("Add", "Concat"):
+    if node.op_type in _JOINING:
         return [value for value in node.inputs if value is not None and value.const_value is None]
     return [_input(node)]
 
@@ -214,12 +251,12 @@ def _input(node: ir.Node) -> ir.Value:
     return value
 
 
-def _site(value: ir.Value) -> ir.Value:
+def site(value: ir.Value) -> ir.Value:
     """Where a result is quantized: behind the one Relu or Clip that reads it, else at the result itself."""
     uses = list(value.uses())
     if len(uses) == 1 and not value.is_graph_output():
         reader, index = uses[0]
-        if reader.op_type in _FUSED and index == 0 and not _clips_below_zero(reader):
+        if reader.op_type in FUSED and index == 0 and not _clips_below_zero(reader):
             return reader.outputs[0]
     return value
 

@@ -53,6 +53,12 @@ def affine_uint8(kept: Range) -> QuantParameters:
     return _parameters("uint8", kept)
 
 
+def affine_int8(kept: Range) -> QuantParameters:
+    """The values of `affine_uint8`, their integers counted from -128."""
+    found = affine_uint8(kept)
+    return QuantParameters(found.scale, found.zero_point - 128, "int8")
+
+
 def symmetric_int8(kept: Range) -> QuantParameters:
     """Zero point 0 and scale = amax / 127, as NVIDIA's tools choose it; -128 stays unused by values in range."""
     return _parameters("int8", kept)
@@ -79,20 +85,26 @@ def _parameters(integers: Integers, kept: Range) -> QuantParameters:
 
 
 def weight_scales(
-    weights: NDArray[np.float32], axis: int, *, bias: NDArray[np.float32] | None, input_scale: float
+    weights: NDArray[np.float32], axis: int, *, bias: NDArray[np.float32] | None, input_scale: float, bits: int = 8
 ) -> NDArray[np.float32]:
-    """One symmetric int8 scale for each output channel (shape [channels], float32, > 0).
+    """One symmetric scale for each output channel (shape [channels], float32, > 0): its largest weight is 127 steps, or 63
+    with `bits` 7.
 
     With `bias` given (int32, scale = input_scale * weight scale), a channel whose weights are so small that its bias
     would overflow gets the smallest scale at which it does not: those weights round to zero either way.
     """
     others = tuple(index for index in range(weights.ndim) if index != axis)
-    scale = np.abs(weights).max(axis=others).astype(np.float64) / 127
+    scale = np.abs(weights).max(axis=others).astype(np.float64) / largest_integer(bits)
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * _BIAS_LIMIT))
     scale[scale == 0] = 1.0  # a dead channel: any scale represents its zeros, but a scale of 0 is refused by runtimes
     kept: NDArray[np.float32] = np.maximum(scale.astype(np.float32), _SMALLEST_SCALE)
     return kept
+
+
+def largest_integer(bits: int) -> int:
+    """What a symmetric integer of `bits` bits goes up to, and down to with the other sign."""
+    return (1 << (bits - 1)) - 1
 
 
 def minmax(seen: Histogram) -> Range:

@@ -47,8 +47,26 @@ def layers(result: Result) -> Child:
     return [
         _engine_table(engines),
         noise.where_it_hurts(result),
+        [_candidates(engine) for engine in engines if len(engine.get("candidates") or ()) > 1],
         [_layers_of(engine) for engine in engines if engine.get("built")],
     ]
+
+
+def _candidates(engine: Result) -> Markup:
+    """What was weighed before an INT8 graph was chosen."""
+    columns = [Column("Way to quantize"), Column("Layers in INT8", numeric=True), Column("Size", numeric=True)]
+    columns += [Column("Latency", numeric=True), Column("Decision")]
+    rows = [
+        (
+            words_of(found.get("name"), "candidate"),
+            units.count(found.get("int8_layers")),
+            units.size(found.get("bytes")),
+            units.duration(found.get("latency_ns")) if found.get("latency_ns") else "not raced: no doubt",
+            "chosen" if found.get("chosen") else "not chosen",
+        )
+        for found in engine["candidates"]
+    ]
+    return table(f"What was weighed for {words_of(engine.get('label'), 'engine')}: engines raced on this machine", columns, rows)
 
 
 def export(result: Result) -> Child:

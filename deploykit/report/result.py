@@ -36,10 +36,12 @@ def result(
     measured: Mapping[str, Any] | None,
     gates: Sequence[Mapping[str, Any]],
     *,
+    fastest: Mapping[str, Any] | None = None,
     recipe: Recipe,
     command: str,
 ) -> dict[str, Any]:
-    """Bring everything together. `made` maps stages to artifacts; `gates` are all that were judged.
+    """Bring everything together. `made` maps stages to artifacts; `gates` are all that were judged; `fastest` says which engine
+    was kept, where only one was wanted.
 
     `exit_code` is 0, 3 when a gate failed, or 5 when one cannot be decided.
     """
@@ -52,7 +54,8 @@ def result(
         "name": recipe.name,
         "verdict": None if verdict is None else verdict.value,
         "exit_code": EXIT_CODES[verdict],
-        "headline": _headline(engines, compared, measured),
+        "headline": [*_headline(engines, compared, measured), *_kept(fastest, measured)],
+        "fastest": fastest,
         "model": {
             "name": recipe.model.name,
             "weights": first.facts["weights"],
@@ -102,6 +105,18 @@ def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: 
     return lines
 
 
+def _kept(fastest: Mapping[str, Any] | None, measured: Mapping[str, Any] | None) -> list[str]:
+    """The engine that was kept, and what it takes of the others' time."""
+    if fastest is None:
+        return []
+    times = [
+        f"{found['ratio']:.3g} times {label} (95 % {found['interval'][0]:.3g} to {found['interval'][1]:.3g})"
+        for label, found in fastest["over"].items()
+    ]
+    doubt = "; but the benchmark is invalid" if measured is not None and measured["warnings"] else ""
+    return [f"fastest: {fastest['label']}, {fastest['latency_ns'] / 1e6:.3g} ms{': ' * bool(times)}{', '.join(times)}{doubt}"]
+
+
 def _on_the_device(engine: Engine) -> str:
     """The command that builds the engine where it will run; precision is in the graph, so there is no flag for it."""
     made = engine.model
@@ -148,6 +163,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
         "bytes": made.path.stat().st_size,
         "realised": realised,
         "search": engine.model.facts.get("search"),
+        "candidates": engine.model.facts.get("candidates") or [],
     }
 
 

@@ -48,6 +48,11 @@ def run(result: Mapping[str, Any]) -> str:
         parts.append(f"had not one of {images} images flipped, a drop of up to {drop:.2f} points would still be possible (95 %)")
     for engine in result["engines"]:
         parts.append(f"{engine['label']}: {result['out']}/{engine['path']}")
+    if result["fastest"]:
+        found = result["fastest"]
+        parts.append(
+            f"the fastest is kept: {found['label']}, {_milliseconds(found['latency_ns'])} ms: {result['out']}/{found['path']}"
+        )
     if not result["engines"]:
         parts += [f"{export['format']}: {result['out']}/{export['path']}" for export in result["exports"]]
     parts.append(f"report: {result['report']}")
@@ -94,6 +99,25 @@ def benchmark(result: Mapping[str, Any]) -> str:
     return _render(parts)
 
 
+def parity(result: Mapping[str, Any]) -> str:
+    """How far the answers of emulated CPUs are apart, or those of two sides."""
+    if "sides" in result:
+        return _two_sides(result)
+    table = _table("", "CPU", "images", "differ", "most steps", "decided otherwise", "verdict", "stands for")
+    for row in result["compared"]:
+        numbers = (str(row[key]) for key in ("images", "differ", "most_steps", "flips"))
+        table.add_row(row["isa"], *numbers, _MARKS[row["verdict"]], row["stands_for"])
+    later = [f"{row['isa']}: {row['changed_later']} images have the same" for row in result["compared"] if row["changed_later"]]
+    return _render(
+        [
+            table,
+            f"against {result['against']}, ONNX Runtime {result['onnxruntime']}; steps are those of {result['last_quantized']}",
+            *(f"{text} integers there, and yet other answers: what follows saturates" for text in later),
+            f"graph: {result['graph']}",
+        ]
+    )
+
+
 def models(entries: Iterable[Entry]) -> str:
     """The catalogue."""
     table = _table("", "network", "from", "parameters", "GMACs", "input", "default weights")
@@ -109,7 +133,9 @@ def doctor(machine: Machine, reasons: Mapping[str, str]) -> str:
     table = _table("this machine", "", "")
     table.add_row("CPU", f"{machine.cpu} ({machine.arch}), {machine.cores} cores to use")
     table.add_row("features", ", ".join(machine.features) or "none known")
-    table.add_row("int8 dot product", "yes" if machine.has_int8_dot_product else "no: INT8 may saturate and gains little")
+    table.add_row(
+        "int8 dot product", "yes" if machine.has_int8_dot_product else "no: INT8 gets 7-bit weights here, and gains little"
+    )
     table.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB")
     table.add_row("GPU", machine.gpu or "none found (nvidia-smi)")
     table.add_row("system", f"{machine.system}, Python {machine.python}")
@@ -119,6 +145,54 @@ def doctor(machine: Machine, reasons: Mapping[str, str]) -> str:
     for name, why in reasons.items():
         runtimes.add_row(name, "loads" if not why else f"does not load: {why}")
     return _render([table, runtimes])
+
+
+def _two_sides(result: Mapping[str, Any]) -> str:
+    """What was compared on what, the outputs in numbers, decisions, the gates, and the CPU that it holds for."""
+    sides = _table("", "", "what", "precision", "takes", "answers")
+    for side in result["sides"]:
+        takes, gives = (", ".join(f"{spec['name']} {spec['shape']}" for spec in side[key]) for key in ("inputs", "outputs"))
+        sides.add_row(side["label"], f"{side['name']}\n{side['kind']}", side["precision"], takes, gives)
+    outputs = _table("", "output", "max|d|", "mean|d|", "max|d| / max|A|", "mean|d/A|", "cosine", "SQNR dB")
+    for output in result["outputs"]:
+        numbers = [output[key] for key in ("max_abs", "mean_abs", "relative", "mean_relative")]
+        told = ["not finite" if number is None else f"{number:.2e}" for number in numbers]
+        cosine = "" if output["cosine"] is None else f"{output['cosine']:.6f}"
+        outputs.add_row(output["names"][0], *told, cosine, _decibels(output))
+    machine, fed = result["machine"], result["fed"]
+    parts: list[Table | str] = [sides, outputs]
+    parts += [f"differences of {output['names'][0]}: {_histogram(output)}" for output in result["outputs"]]
+    parts += _decided(result["decisions"]) if result["decisions"] else []
+    parts += [f"note: {note}" for note in result["notes"]]
+    parts.append(_gates(result["gates"]))
+    parts.append(f"{units.plural(fed['images'], 'input')}: {fed['origin']}")
+    parts.append(f"on {machine['cpu']} ({', '.join(machine['features']) or 'no CPU feature that decides about int8'})")
+    return _render(parts)
+
+
+def _histogram(output: Mapping[str, Any]) -> str:
+    """Counts of differences by decades of the largest answer."""
+    rows = [row for row in output["histogram"] if row["count"]]
+    names = {0.0: "equal", None: "1 or more"}
+    return ", ".join(f"{row['count']} {names.get(row['below']) or 'below ' + format(row['below'], '.0e')}" for row in rows)
+
+
+def _decided(found: Mapping[str, Any]) -> Iterator[Table | str]:
+    top5 = "" if found["top5_agreement"] is None else f", the same first five {100 * found['top5_agreement']:.2f} %"
+    yield f"the same class first: {100 * found['agreement']:.2f} % of {units.plural(found['images'], 'input')}{top5}"
+    if found["accuracy"]:
+        accuracy = found["accuracy"]
+        low, high = accuracy["interval_points"]
+        yield (
+            f"accuracy: A {100 * accuracy['a']:.2f} %, B {100 * accuracy['b']:.2f} %, "
+            f"lost {accuracy['drop_points']:.2f} points (95 % {low:.2f} to {high:.2f})"
+        )
+    if any(row["disagreement_count"] for row in found["classes"]):
+        table = _table("", "class", "inputs", "decided otherwise", "A", "B")
+        for row in sorted(found["classes"], key=lambda row: -row["disagreement_count"])[:_LISTED]:
+            shares = ("" if row[side] is None else f"{100 * row[side]:.1f} %" for side in ("a", "b"))
+            table.add_row(row["class"], str(row["images"]), str(row["disagreement_count"]), *shares)
+        yield table
 
 
 def _stages(stages: Iterable[Mapping[str, Any]]) -> Table:

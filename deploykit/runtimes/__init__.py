@@ -7,8 +7,9 @@ This module runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -17,7 +18,13 @@ from numpy.typing import NDArray
 
 from deploykit.artifact import Artifact, Samples, Tensors
 from deploykit.errors import CapabilityError, UsageError
-from deploykit.machine import installed_version
+from deploykit.machine import cpu_features, has_int8_dot_product, installed_version
+
+Cpu = Literal["this", "any", "arm64"]
+_ARM64 = ("aarch64", "arm64")  # what Linux and what macOS call it
+
+
+SLOW = "int8 is slower than float on this machine"  # why a layer is kept in float
 
 
 class Session(Protocol):
@@ -64,6 +71,21 @@ class Realised:
         return sum(layer.precision == "int8" for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """How long one kernel of an engine takes: the median over several runs.
+
+    source: the node of the exported graph that it computes; empty for what the runtime put between the nodes.
+    elements: how many numbers it writes.
+    """
+
+    name: str
+    op: str
+    source: str
+    ns: float
+    elements: int
+
+
 class Runtime(Protocol):
     """A module satisfies this."""
 
@@ -77,35 +99,58 @@ class Runtime(Protocol):
         """What the layers of `model` became in `engine`."""
 
 
+class ProfilingRuntime(Runtime, Protocol):
+    """A runtime that can say what each kernel takes."""
+
+    def profile(self, engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int) -> list[KernelTime]:
+        """Run `engine`, which was built from `model`, so often on `inputs`; its kernels in the order in which they run.
+
+        A kernel is slower while it is timed, so a sum of these is no latency.
+        """
+
+
 @dataclass(frozen=True)
 class QdqRules:
     """How a runtime wants Q/DQ placed so that it fuses them into int8 kernels.
 
-    activations: "uint8" is affine (zero point anywhere), "int8" is symmetric (zero point 0, always explicit).
+    activations: "uint8" is affine (zero point anywhere), "affine int8" is the same less 128, "int8" is symmetric (zero point 0,
+    always explicit).
     bias: "int32" is quantized with scale = activation scale * weight scale; "float" stays as it is.
     weights: "int8" stores integers behind a DequantizeLinear; "float" keeps them in front of Q and DQ.
     outputs: whether a layer's own output needs Q/DQ, or only the inputs of the layers that read it.
     add: which inputs of a residual Add are quantized.
-    share_concat_scale: whether all inputs of a Concat and its output must have one scale.
+    float_results: whether an int8 Conv may give floats, so that where nothing reads integers its output needs no Q/DQ.
+    share_concat_scale: whether all inputs of a Concat and its output have one scale, so that it only copies.
+    gates: whether a map is multiplied by its gate, as in squeeze-and-excite, on integers.
+    weight_bits: 8, or 7 where the CPU adds two products of uint8 and int8 into 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127
+    saturates. Depthwise convolutions have 8 everywhere: their kernels widen first and saturate nowhere.
     """
 
-    activations: Literal["uint8", "int8"]
+    activations: Literal["uint8", "affine int8", "int8"]
     bias: Literal["int32", "float"]
     weights: Literal["int8", "float"]
     outputs: bool
     add: Literal["both", "skip"]
     share_concat_scale: bool
+    gates: bool = False
+    float_results: bool = False
+    weight_bits: Literal[7, 8] = 8
 
 
 @dataclass(frozen=True)
 class Entry:
     """One registered runtime: its module (None: deploykit writes its graphs but does not drive it), its package, what to do
-    when it is missing, and its quantization rules (None: no INT8)."""
+    when it is missing, and its quantization rules (None: no INT8). `on_cpu` says whether INT8 depends on the CPU;
+    `signed_on_arm64`, whether its kernels for ARM's int8 dot product multiply signed by signed and do less with signed
+    activations; `profiles`, whether its module says what each kernel takes (`ProfilingRuntime`)."""
 
     module: str | None
     package: str
     install: str
     rules: QdqRules | None
+    on_cpu: bool = True
+    signed_on_arm64: bool = False
+    profiles: bool = False
 
 
 REGISTRY: Mapping[str, Entry] = {
@@ -114,7 +159,18 @@ REGISTRY: Mapping[str, Entry] = {
         "deploykit.runtimes.onnxruntime",
         "onnxruntime",
         "pip install 'deploykit[cpu]'",
-        QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=False),
+        QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=True, gates=True),
+        signed_on_arm64=True,
+        profiles=True,
+    ),
+    # Signed or unsigned activations, a float or int32 bias, and weights in integers or not become the same int8 kernels, as do
+    # Concats with one scale or several. What costs time is Q/DQ that nothing needs: a Conv's result in front of a HardSwish
+    # (MobileNetV3-large 2.6 instead of 2.0 ms), and a max pool in float because only its reader is quantized.
+    "openvino": Entry(
+        "deploykit.runtimes.openvino",
+        "openvino",
+        "pip install 'deploykit[openvino]'",
+        QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=False, float_results=True),
     ),
     # No module yet: deploykit writes the graph and the reference answers, and trtexec builds the engine on the device.
     # TensorRT refuses uint8 data, asymmetric zero points and a DequantizeLinear on an int32 bias (onnx-tensorrt #850).
@@ -124,17 +180,34 @@ REGISTRY: Mapping[str, Entry] = {
         "tensorrt",
         "build it on the device with trtexec",
         QdqRules("int8", bias="float", weights="float", outputs=False, add="skip", share_concat_scale=True),
+        on_cpu=False,
     ),
     "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None),
 }
 
 
-def rules(name: str) -> QdqRules:
-    """The quantization rules of a runtime. Raises UsageError when it has none."""
-    found = REGISTRY[name].rules
-    if found is None:
-        raise UsageError(f"{name} has no INT8: its format cannot hold Q/DQ", fix="quantize for onnxruntime or tensorrt")
-    return found
+def rules(name: str, cpu: Cpu = "this", *, arch: str | None = None, features: Iterable[str] | None = None) -> QdqRules:
+    """The quantization rules of a runtime for one kind of CPU; a runtime on a GPU has the same for all.
+
+    "this" is the CPU with `arch` and `features`, by default the one that this process runs on. An x86 CPU without an int8
+    dot product gets 7-bit weights, for with 8 its answers would be others than the graph's; so does "any". "arm64" is for
+    CPUs with that dot product.
+
+    Raises UsageError when the runtime has no INT8.
+    """
+    entry = REGISTRY[name]
+    if entry.rules is None:
+        raise UsageError(f"{name} has no INT8: its format cannot hold Q/DQ", fix="quantize for onnxruntime, openvino or tensorrt")
+    if not entry.on_cpu:
+        return entry.rules
+    has_dot_product = has_int8_dot_product(cpu_features() if features is None else features)
+    is_arm64 = (platform.machine() if arch is None else arch) in _ARM64
+    if cpu == "arm64" or (cpu == "this" and is_arm64 and has_dot_product):
+        return replace(entry.rules, activations="affine int8") if entry.signed_on_arm64 else entry.rules
+    # ARM kernels add two products into 16 bits only where these fit: 8-bit weights are exact there.
+    if cpu == "any" or not (is_arm64 or has_dot_product):
+        return replace(entry.rules, weight_bits=7)
+    return entry.rules
 
 
 def get(name: str) -> Runtime:
@@ -151,8 +224,10 @@ def get(name: str) -> Runtime:
         raise CapabilityError(f"{name} does not load on this machine", why=str(error), fix=entry.install) from error
 
 
-def why_not(name: str) -> str:
-    """Why a runtime cannot be used on this machine; empty when it can."""
+def why_not(name: str, cpu: Cpu = "this") -> str:
+    """Why a runtime cannot be used on this machine, for a graph that was quantized for `cpu`; empty when it can."""
+    if cpu == "arm64" and REGISTRY[name].on_cpu and platform.machine() not in _ARM64:
+        return f"the INT8 graph is for arm64 CPUs, and this one is {platform.machine()}: build it there"
     try:
         get(name)
     except CapabilityError as error:

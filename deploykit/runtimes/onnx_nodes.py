@@ -1,16 +1,22 @@
 """The nodes of an ONNX file, read without the onnx package, which a device does not have.
 
-Reads the protobuf wire format (protobuf.dev/programming-guides/encoding) of ModelProto.graph (field 7) and of
-NodeProto's input (1), output (2), name (3), op_type (4) and domain (7), as numbered in onnx.proto; skips the rest.
+Reads the protobuf wire format (protobuf.dev/programming-guides/encoding) of ModelProto.graph (field 7), of NodeProto's
+input (1), output (2), name (3), op_type (4) and domain (7), and of TensorProto's name (8) and external_data (13), as
+numbered in onnx.proto; skips the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from deploykit.artifact import Artifact, Precision
 from deploykit.errors import UsageError, printable
+
+LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,55 @@ class Node:
 
 def read_nodes(path: Path) -> list[Node]:
     """The nodes of the main graph in file order. Raises UsageError when the file is not ONNX."""
-    content = memoryview(path.read_bytes())
+    with _refusing(path):
+        return [_node(value) for graph in _graphs(path) for number, value in _fields(graph) if number == 1]
+
+
+def external_tensors(path: Path) -> list[str]:
+    """Names of the constants whose data lie in other files. Raises UsageError when the file is not ONNX."""
+    with _refusing(path):
+        return [_name(tensor) for graph in _graphs(path) for tensor in _tensors(graph) if 13 in dict(_fields(tensor))]
+
+
+def layers_of(model: Artifact, nodes: Sequence[Node]) -> list[Node]:
+    """Of the nodes of `model`: in an INT8 graph what its quantization calls a layer; in a float graph whatever may be one."""
+    if model.precision is not Precision.INT8:
+        return [node for node in nodes if node.op in LAYERS]
+    facts = cast(Mapping[str, Sequence[str]], model.facts)
+    return [node for node in nodes if node.name in facts["int8_layers"] or node.name in facts["float_layers"]]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        graphs = [value for number, value in _fields(content) if number == 7]
-        if not graphs:
-            raise ValueError("it holds no graph")
-        return [_node(value) for graph in graphs for number, value in _fields(graph) if number == 1]
+        yield
     except (IndexError, ValueError) as error:
         raise UsageError(f"{printable(path)} is not an ONNX file", why=str(error)) from error
+
+
+def _graphs(path: Path) -> list[memoryview]:
+    graphs = [value for number, value in _fields(memoryview(path.read_bytes())) if number == 7]
+    if not graphs:
+        raise ValueError("it holds no graph")
+    return graphs
+
+
+def _tensors(graph: memoryview) -> Iterator[memoryview]:
+    """Initializers (field 5), and in the nodes' attributes (NodeProto's field 5) tensors (5) and those of subgraphs (6)."""
+    for number, value in _fields(graph):
+        if number == 5:
+            yield value
+        elif number == 1:
+            for attribute in (inner for kind, inner in _fields(value) if kind == 5):
+                for kind, inner in _fields(attribute):
+                    if kind == 5:
+                        yield inner
+                    elif kind == 6:
+                        yield from _tensors(inner)
+
+
+def _name(tensor: memoryview) -> str:
+    return next((bytes(value).decode() for number, value in _fields(tensor) if number == 8), "")
 
 
 def _node(message: memoryview) -> Node:

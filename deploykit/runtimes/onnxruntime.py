@@ -9,8 +9,10 @@ import json
 import os
 import platform
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import statistics
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -25,13 +27,14 @@ from deploykit.artifact import Artifact, Format, Precision, Samples, Tensors
 from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
 from deploykit.machine import Machine, available_cores, cpu_features
-from deploykit.runtimes import LayerPrecision, Realised, answers, check_inputs, pieces
-from deploykit.runtimes.onnx_nodes import Node, read_nodes
+from deploykit.runtimes import KernelTime, LayerPrecision, Realised, answers, check_inputs, pieces, run
+from deploykit.runtimes.onnx_nodes import Node, layers_of, read_nodes
 
 ENGINE = "engine.onnx"
-# It quantizes, per tensor, the float weights of a layer between a DequantizeLinear and a QuantizeLinear: exactly those
-# layers that were kept in float.
-_NOT_OURS = ("WeightBiasQuantization",)
+VERSION: str = onnxruntime.__version__
+# The first quantizes, per tensor, the float weights of a layer between a DequantizeLinear and a QuantizeLinear: exactly those
+# layers that were kept in float. The second removes the Identity through which all float readers share one DequantizeLinear.
+_NOT_OURS = ("WeightBiasQuantization", "EliminateIdentity")
 SETTINGS = "session.json"
 _DTYPES = {
     "tensor(float)": "float32",
@@ -46,6 +49,7 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 _FUSED = ("Relu", "Clip", "Add", "Sigmoid", "HardSwish", "HardSigmoid", "Tanh", "LeakyRelu")
 # What ONNX Runtime adds to the name of a node that it fused, re-laid out or copied.
 _DECORATION = re.compile(r"^fused |(_nchwc|_token_\d+)+$")
+_KERNEL = "_kernel_time"  # how events of a profile are called
 # Warnings (severity 2) tell about the graph's own properties, such as an engine being tied to this CPU; errors raise.
 _ERRORS_ONLY = 3
 
@@ -92,6 +96,10 @@ class OnnxSession:
     def views(self) -> Tensors:
         """The outputs of the last execute where they lie, not copied: gone with the next execute."""
         return {name: value.numpy() for name, value in zip(self._outputs, self._binding.get_outputs(), strict=True)}
+
+    def another(self) -> OnnxSession:
+        """The same loaded model with buffers of its own, for another thread: both may execute at once."""
+        return OnnxSession(self._session)
 
     def close(self) -> None:
         """Free the session; it cannot be used afterwards."""
@@ -141,7 +149,7 @@ def load(engine: Artifact) -> OnnxSession:
             f"here: {arch} ({', '.join(features)}) with {onnxruntime.__version__}",
             fix="build it here from the portable ONNX file",
         )
-    options = _options(int(cast(int, engine.settings["intra_op_num_threads"])))
+    options = _options(_threads(engine))
     # The optimizer has run offline; running it again only costs time at load.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return OnnxSession(_open(engine.path.read_bytes(), options, engine.path))
@@ -159,6 +167,33 @@ def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, 
     options.enable_cpu_mem_arena = arena
     content = model if isinstance(model, bytes) else model.read_bytes()
     return OnnxSession(_open(content, options, model if isinstance(model, Path) else Path("model.onnx")))
+
+
+def optimized(model: Path, *, threads: int = 1) -> OnnxSession:
+    """Open an ONNX file with the optimizations of `build`, done in memory for the CPU that this process runs on."""
+    options = _options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return OnnxSession(_open(model.read_bytes(), options, model, disabled=_NOT_OURS))
+
+
+def write_optimized(content: bytes, path: Path) -> None:
+    """Optimise a graph for this CPU and write it to `path`, its weights beside it."""
+    options = _options(threads=1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.weights")
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    _open(content, options, path)
+
+
+def open_optimized(path: Path, *, threads: int) -> OnnxSession:
+    """Open what `write_optimized` wrote, whose files may then be removed.
+
+    From a path, because ONNX Runtime maps the weights beside it into memory and does not copy them.
+    """
+    options = _options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return OnnxSession(_open(path, options, path))
 
 
 def literally(model: Artifact, path: Path, samples: Samples) -> Samples:
@@ -179,17 +214,45 @@ def realised(engine: Artifact, model: Artifact) -> Realised:
     """
     before, after = read_nodes(model.path), read_nodes(engine.path)
     return Realised(
-        layers=tuple(_trace(node, before, after, model) for node in before if _is_layer(node, model)),
+        layers=tuple(_trace(node, before, after, model) for node in layers_of(model, before)),
         kernels=_census(after),
     )
 
 
-def _is_layer(node: Node, model: Artifact) -> bool:
-    """In an INT8 graph what its quantization calls a layer; in a float graph whatever may be one."""
-    if model.precision is not Precision.INT8:
-        return node.op in _LAYERS
-    facts = cast(Mapping[str, Sequence[str]], model.facts)
-    return node.name in facts["int8_layers"] or node.name in facts["float_layers"]
+def profile(engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int) -> list[KernelTime]:
+    """Median time of every kernel over `queries` runs, after as many to warm up."""
+    options = _options(_threads(engine))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder, "profile"))
+        opened = _open(engine.path.read_bytes(), options, engine.path)
+        session = OnnxSession(opened)
+        for _ in range(2 * queries):
+            run(session, inputs)
+        events = json.loads(Path(opened.end_profiling()).read_text())
+        session.close()
+    nodes = read_nodes(model.path)
+    sources = {name: layer.name for layer in layers_of(model, nodes) for name in _names_after_fusion(layer, nodes)}
+    names = {node.name for node in nodes}
+    times: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and str(event["name"]).endswith(_KERNEL):
+            sizes = [np.prod(shape) for typed in event["args"]["output_type_shape"] for shape in typed.values()]
+            key = (str(event["name"]).removesuffix(_KERNEL), str(event["args"]["op_name"]), int(sum(sizes)))
+            times[key].append(1000 * int(event["dur"]))
+    return [
+        KernelTime(name, op, _source(name, op, sources, names), statistics.median(found[len(found) // 2 :]), elements)
+        for (name, op, elements), found in times.items()
+    ]
+
+
+def _source(kernel: str, op: str, sources: Mapping[str, str], names: Collection[str]) -> str:
+    """The node of the exported graph that a kernel computes; a fused layer's is the layer."""
+    name = _DECORATION.sub("", kernel)
+    if any(layer in op for layer in _LAYERS):
+        return sources.get(name, "")
+    return name if name in names and op not in ("QuantizeLinear", "DequantizeLinear") else ""
 
 
 def _census(nodes: Sequence[Node]) -> dict[str, dict[str, int]]:
@@ -237,6 +300,10 @@ def _names_after_fusion(layer: Node, before: Sequence[Node]) -> set[str]:
     return names
 
 
+def _threads(engine: Artifact) -> int:
+    return int(cast(int, engine.settings["intra_op_num_threads"]))
+
+
 def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -246,9 +313,9 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def _open(
-    content: bytes, options: onnxruntime.SessionOptions, path: Path, *, disabled: Sequence[str] = ()
+    content: bytes | Path, options: onnxruntime.SessionOptions, path: Path, *, disabled: Sequence[str] = ()
 ) -> onnxruntime.InferenceSession:
-    """Bytes, not a path: ONNX Runtime then refuses external data, which is how a model reads foreign files."""
+    """Bytes for a file that is not our own: ONNX Runtime then refuses external data, by which a model reads foreign files."""
     try:
         return onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)

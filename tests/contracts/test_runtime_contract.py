@@ -22,7 +22,8 @@ def engines(portable, tmp_path_factory) -> dict[str, Artifact]:
     script = export.torchscript_model(
         networks.model("residual"), networks.images(8), None, ExportTable(formats=("torchscript",)), folder("torchscript")
     )
-    return {"onnxruntime": build.build(portable("residual"), "onnxruntime", folder("onnxruntime")), "torchscript": script}
+    built = {name: build.build(portable("residual"), name, folder(name)) for name in ("onnxruntime", "openvino")}
+    return {**built, "torchscript": script}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def load(engines) -> Callable[[str], Session]:
     return lambda name: runtimes.get(name).load(engines[name])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torchscript"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torchscript"])
 class TestEveryRuntime:
     def test_it_answers_like_pytorch(self, load, name):
         inputs = networks.images(4, seed=5)
@@ -120,7 +121,7 @@ class TestEveryRuntime:
     def test_close_gives_the_model_back(self, load, name):
         def alive() -> int:
             gc.collect()
-            kinds = ("InferenceSession", "RecursiveScriptModule")
+            kinds = ("InferenceSession", "CompiledModel", "InferRequest", "RecursiveScriptModule")
             return sum(type(thing).__name__ in kinds for thing in gc.get_objects())
 
         before = alive()

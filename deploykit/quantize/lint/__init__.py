@@ -10,7 +10,7 @@ from typing import get_args
 import onnx
 import onnx_ir as ir
 
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, printable
 from deploykit.jsonable import JSON
 from deploykit.quantize.lint import common, onnxruntime, tensorrt, view
 from deploykit.quantize.lint.rule import Finding, Rule, Severity
@@ -60,7 +60,7 @@ def as_text(findings: Sequence[Finding], runtime: str) -> str:
                 by_rule.setdefault(finding.rule, []).append(finding)
         for name, group in by_rule.items():
             lines += [f"{severity}: {name} ({len(group)})", f"  why: {group[0].cost}", f"  try: {group[0].fix}"]
-            lines += [f"  - {finding.node}: {finding.what}" for finding in group]
+            lines += [f"  - {printable(finding.node)}: {printable(finding.what)}" for finding in group]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -1,0 +1,165 @@
+"""What `deploykit bisect A B` does: finds the two graphs and the images, and gives the result as plain JSON."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit import bisect as bisection
+from deploykit import data
+from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, Samples, read_artifact
+from deploykit.bisect import graph as graphs
+from deploykit.errors import UsageError, printable
+from deploykit.gate import EXIT_CODES, Verdict
+from deploykit.jsonable import to_json
+from deploykit.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from deploykit.models import Model
+
+_BATCH = 4  # images; all activations of all three graphs are in memory at once
+_NOISE = 8  # images, where nobody gives any
+_EXPORT_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """A graph, and what is known about the inputs it was made for."""
+
+    path: Path
+    preprocess: Preprocess | None = None
+    samples: NDArray[np.float32] | None = None
+
+
+def compare(
+    a: str,
+    b: Path,
+    *,
+    images: Path | None = None,
+    count: int = 32,
+    weights: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Bisect B against A on pictures of the folder `images`, at most `count`; else on A's golden samples; else on noise.
+
+    A is an ONNX file, an artifact's folder, or, with `weights`, the name of a PyTorch network, which is exported and then
+    watched while it runs. `exit_code` is 3 when a layer was found or the two were made for inputs prepared in different ways.
+
+    Raises UsageError for what is neither, and when nothing says how a picture becomes an input.
+    """
+    with ExitStack() as stack:
+        suspect, network = _side(b), None
+        if weights is None:
+            reference = _side(Path(a))
+        else:
+            reference, model = _exported(a, weights, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            from deploykit.bisect.hooks import Watched
+
+            network = stack.enter_context(Watched(model.module, graphs.read(reference.path)))
+        inputs = _inputs(reference, suspect, images, count)
+        found = bisection.bisect(
+            reference.path,
+            suspect.path,
+            lambda: _batches(inputs, reference, suspect),
+            network=network,
+            total=len(inputs),
+            progress=progress,
+        )
+    differences = _differences(reference.preprocess, suspect.preprocess)
+    wrong = found.culprit is not None or bool(differences) or bool(found.failure)
+    facts = cast("dict[str, Any]", to_json(found))
+    code = EXIT_CODES[Verdict.FAIL] if wrong else 0
+    return {"a": printable(a), "b": printable(b), **facts, "preprocessing": differences, "exit_code": code}
+
+
+def _side(path: Path) -> Side:
+    """An ONNX file, with what the manifest beside it says, or the folder of an artifact."""
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UsageError(
+            f"there is no {printable(path)}", fix="name an ONNX file or an artifact's folder; a PyTorch network needs --weights"
+        )
+    if path.is_dir() or _is_main_file(path):
+        found = read_artifact(folder)
+        if found.format is not Format.ONNX:
+            why = f"it is a {found.format.value} of stage {found.stage}"
+            raise UsageError(f"{printable(path)} cannot be bisected", why=why, fix="name the ONNX graph that it was made from")
+        return Side(found.path, found.preprocess, _golden(found))
+    return Side(path)
+
+
+def _is_main_file(path: Path) -> bool:
+    """Whether the folder's manifest is about this very file, and the file has not been changed since."""
+    if not (path.parent / MANIFEST).is_file():
+        return False
+    try:
+        return read_artifact(path.parent).path.name == path.name
+    except UsageError:
+        return False
+
+
+def _golden(artifact: Artifact) -> NDArray[np.float32] | None:
+    path = artifact.folder / SAMPLES
+    if not path.is_file():
+        return None
+    found: NDArray[np.float32] = Samples.load(path).inputs[artifact.inputs[0].name]
+    return found
+
+
+def _exported(name: str, weights: str, folder: Path) -> tuple[Side, Model]:
+    """A PyTorch network as the graph that export makes of it, and the network itself."""
+    from deploykit import export, models
+    from deploykit.recipe import ExportTable, ModelTable
+
+    model = models.load(ModelTable(name=name, weights=weights))
+    inputs = _noise((_EXPORT_SAMPLES, *model.preprocess.shape))
+    made = export.onnx_model(model, inputs, None, ExportTable(), folder)
+    return Side(made.path, model.preprocess), model
+
+
+def _inputs(a: Side, b: Side, folder: Path | None, count: int) -> NDArray[np.float32]:
+    """Network inputs (n, C, H, W)."""
+    if folder is None:
+        golden = a.samples if a.samples is not None else b.samples
+        return golden[:count] if golden is not None else _noise((_NOISE, *_shape(a.path)))
+    how = a.preprocess or b.preprocess
+    if how is None:
+        why = "neither graph lies in an artifact, whose manifest would say it"
+        raise UsageError(
+            "nothing says how a picture becomes an input", why=why, fix="leave --data out, or name an artifact's folder"
+        )
+    pictures = data.folder(folder, labelled=False)
+    return np.concatenate([*pictures.take(range(min(count, len(pictures)))).batches(how, 64)])
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """The shape of one input. Raises UsageError when more than the batch is dynamic."""
+    sizes = graphs.read(path).sizes
+    if not all(sizes):
+        raise UsageError(f"the size of an input of {printable(path)} is not fixed", fix="give images with --data")
+    return sizes
+
+
+def _noise(shape: Sequence[int]) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(tuple(shape)).astype(np.float32)
+
+
+def _batches(inputs: NDArray[np.float32], a: Side, b: Side) -> Iterable[NDArray[np.float32]]:
+    fixed = [size for side in (a, b) if (size := graphs.read(side.path).batch)]
+    step = min([_BATCH, *fixed])
+    return (inputs[start : start + step] for start in range(0, len(inputs), step))
+
+
+def _differences(a: Preprocess | None, b: Preprocess | None) -> list[str]:
+    """What the two say about their inputs, key by key, where they disagree."""
+    if a is None or b is None:
+        return []
+    keys = [item.name for item in fields(Preprocess)]
+    return [f"{key} is {getattr(b, key)}, not {getattr(a, key)}" for key in keys if getattr(a, key) != getattr(b, key)]

@@ -1,0 +1,303 @@
+"""What a page of continuous integration shows: one shape for the results of `run`, `benchmark` and `parity`, and for an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice
+from typing import Any
+
+from deploykit.errors import DeploykitError
+from deploykit.gate import Rule, parse_rule
+from deploykit.report import units
+from deploykit.report.parts import Result
+
+_LISTED = 100
+
+
+class Status(Enum):
+    """What became of a gate, worst first. `not judged` stands where there was none."""
+
+    ERROR = "error"
+    FAIL = "fail"
+    CANNOT_TELL = "cannot tell"
+    NOT_JUDGED = "not judged"
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A rule, what became of it, and why. `details` are lines: the images that flipped, the layers that did not run in int8.
+
+    `seconds` is this gate's share of the time of the stage that it judges, so that all gates add up to their stages.
+    """
+
+    rule: str
+    status: Status
+    reason: str
+    details: tuple[str, ...] = ()
+    stage: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that a page shows; `seconds` is how long all of it took, `facts` are the machine, versions and the like."""
+
+    name: str
+    gates: tuple[Gate, ...]
+    seconds: float = 0.0
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        """The worst that became of a gate."""
+        found = {gate.status for gate in self.gates}
+        return next(status for status in Status if status in found)
+
+
+def of_run(result: Result) -> Summary:
+    """The content of `result.json`."""
+    measured = result["benchmark"] or {}
+    stages = {stage["name"]: stage["seconds"] for stage in result["stages"]}
+    judged = [(gate, _stage_of(gate["rule"])) for gate in result["gates"]]
+    counts = {stage: sum(of == stage for _, of in judged) for _, stage in judged}
+    gates = [_gate(gate, stage, stages.get(stage, 0.0) / counts[stage], _details(result, gate["rule"])) for gate, stage in judged]
+    verdict = {"benchmark": measured["verdict"]} if measured else {}
+    return Summary(
+        name=result["name"],
+        gates=_or_none(gates),
+        seconds=sum(stages.values()),
+        tables=_filled(_compared(result), _latencies(measured), _ratios(measured), _flips(result), _floats(result)),
+        notes=(*result["headline"], *result["model"]["notes"], *(result["calibration"] or {}).get("warnings", ())),
+        facts={
+            "command": result["command"],
+            "report": result["report"],
+            **_machine(result["machine"]),
+            **verdict,
+            **{f"seconds {name}": f"{seconds:.3f}" for name, seconds in stages.items()},
+        },
+    )
+
+
+def of_benchmark(found: Result, *, seconds: float) -> Summary:
+    """What `timing.measure` found in so many seconds."""
+    share = seconds / max(1, len(found["gates"]))
+    return Summary(
+        name="benchmark",
+        gates=_or_none([_gate(gate, "", share) for gate in found["gates"]]),
+        seconds=seconds,
+        tables=_filled(_latencies(found), _ratios(found)),
+        notes=(f"the run is {found['verdict']}",),
+        facts={**_machine(found["machine"]), "benchmark": found["verdict"]},
+    )
+
+
+def of_parity(found: Result, *, seconds: float) -> Summary:
+    """What `isa.compare` found in so many seconds, a gate for each emulated CPU; or what `crosscheck.compare_two` found."""
+    if "sides" in found:
+        return _of_two_sides(found, seconds)
+    rows = found["compared"]
+    return Summary(
+        name="parity",
+        gates=tuple(
+            Gate(f"{row['isa']}: answers like {found['against']}", Status(row["verdict"]), _apart(row, found), (), "", share)
+            for row, share in ((row, seconds / len(rows)) for row in rows)
+        ),
+        seconds=seconds,
+        facts={"graph": found["graph"], "onnxruntime": found["onnxruntime"]},
+    )
+
+
+def _of_two_sides(found: Result, seconds: float) -> Summary:
+    share = seconds / len(found["gates"])
+    flips = [
+        (str(flip["image"]), str(flip["a"]), str(flip["b"]), "" if flip["label"] is None else str(flip["label"]))
+        for flip in (found["decisions"] or {}).get("disagreements", ())
+    ]
+    lines = [f"{image}: {a} became {b}" for image, a, b, _ in flips]
+    return Summary(
+        name="parity",
+        gates=tuple(_gate(gate, "", share, lines if _rule_in(gate["rule"]) else ()) for gate in found["gates"]),
+        seconds=seconds,
+        tables=_filled(_first("Images decided otherwise", ("image", "A", "B", "label"), iter(flips))),
+        notes=tuple(found["notes"]),
+        facts={**{side["label"]: f"{side['name']}, {side['kind']}" for side in found["sides"]}, **_machine(found["machine"])},
+    )
+
+
+def of_error(error: Exception, command: str) -> Summary:
+    """What went wrong before there was a result: one gate, called after the command, whose status is `error`."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    first = error.what if isinstance(error, DeploykitError) else lines[0]
+    details = tuple(line for line in lines if line != first)
+    return Summary(command, (Gate(f"deploykit {command}", Status.ERROR, first, details),), notes=details)
+
+
+def visible(text: str) -> str:
+    """The text with every character that XML 1.0 forbids or changes, or that moves a terminal's cursor, as \\xNN or \\uNNNN.
+
+    Line feeds and tabs stay (https://www.w3.org/TR/xml/#charsets, and #sec-line-ends for the carriage return).
+    """
+    return "".join(_escaped(character) if _is_hidden(ord(character)) else character for character in text)
+
+
+def _is_hidden(code: int) -> bool:
+    is_control = (code < 0x20 and chr(code) not in "\t\n") or 0x7F <= code < 0xA0
+    return is_control or 0xD800 <= code < 0xE000 or code in (0xFFFE, 0xFFFF)
+
+
+def _escaped(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
+
+
+def _gate(found: Mapping[str, Any], stage: str, seconds: float, details: Iterable[str] = ()) -> Gate:
+    status = Status(found["verdict"])
+    return Gate(found["rule"], status, found["reason"], () if status is Status.PASS else tuple(details), stage, seconds)
+
+
+def _or_none(gates: Sequence[Gate]) -> tuple[Gate, ...]:
+    """The gates, or one that says that there were none: readers of JUnit XML take an empty file for a broken one."""
+    return tuple(gates) or (Gate("a gate", Status.NOT_JUDGED, "there was no rule to judge"),)
+
+
+def _rule_in(text: str) -> Rule | None:
+    """The rule that somebody wrote, without the engine before it; None for what every engine has to fulfil."""
+    try:
+        return parse_rule(text.rpartition(": ")[2])
+    except ValueError:
+        return None
+
+
+def _stage_of(gate: str) -> str:
+    rule = _rule_in(gate)
+    return "benchmark" if rule is not None and rule.is_of_time else "parity"
+
+
+def _details(result: Result, gate: str) -> Iterator[str]:
+    """What is to blame on the engine that a gate is about: flipped images, where a rule was about them, and layers in float."""
+    if _stage_of(gate) == "benchmark":
+        return
+    flips = [] if _rule_in(gate) is None else [flip for flip in _flipped(result) if _is_on(flip[0], gate)]
+    lines = [f"{image}: {reference} became {here}" for _, image, reference, here, _ in flips]
+    for label, layer, operator, precision, why in _in_float(result):
+        if _is_on(label, gate):
+            lines.append(f"{layer} ({operator}) runs in {precision}{f': {why}' * bool(why)}")
+    yield from lines[:_LISTED]
+    if len(lines) > _LISTED:
+        yield f"and {len(lines) - _LISTED} more"
+
+
+def _is_on(label: str, rule: str) -> bool:
+    return rule.startswith(f"{label}: ")
+
+
+def _flipped(result: Result) -> Iterator[tuple[str, ...]]:
+    """(what answered, image, answer of FP32 PyTorch, its own answer, label) of every image that is decided otherwise."""
+    for case in result["parity"]:
+        for flip in case["disagreements"]:
+            label = "" if flip["label"] is None else str(flip["label"])
+            yield case["label"], str(flip["image"]), str(flip["reference"]), str(flip["engine"]), label
+
+
+def _in_float(result: Result) -> Iterator[tuple[str, ...]]:
+    """(engine, layer, operator, precision, why) of every layer of an INT8 engine that does not run in int8."""
+    for engine in result["engines"]:
+        if engine["precision"] == "int8" and engine["realised"]:
+            for layer in engine["realised"]["layers"]:
+                if layer["precision"] != "int8":
+                    yield engine["label"], layer["name"], layer["op"], layer["precision"], layer["why"]
+
+
+def _flips(result: Result) -> Table:
+    return _first("Images decided otherwise", ("", "image", "FP32 PyTorch", "here", "label"), _flipped(result))
+
+
+def _floats(result: Result) -> Table:
+    return _first("Layers that do not run in int8", ("engine", "layer", "operator", "precision", "why"), _in_float(result))
+
+
+def _first(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
+    listed = tuple(islice(rows, _LISTED))
+    more = sum(1 for _ in rows)
+    return Table(f"{title} (the first {_LISTED} of {_LISTED + more})" if more else title, columns, listed)
+
+
+def _compared(result: Result) -> Table:
+    """Everything that was compared with FP32 PyTorch."""
+    engines = {engine["label"]: engine for engine in result["engines"]}
+    rows = []
+    for case in result["parity"]:
+        engine, accuracy = engines.get(case["label"], {}), case["accuracy"] or {}
+        realised = engine.get("realised")
+        drop = (
+            f"{units.points(accuracy['drop_points'])} ({units.interval(accuracy['interval_points'], units.points)})"
+            if accuracy
+            else ""
+        )
+        rows.append(
+            (
+                case["label"],
+                f"{realised['int8']} of {realised['total']}" if realised else "",
+                units.percent(accuracy["engine"]) if accuracy else "",
+                drop,
+                f"{case['disagreement_count']} of {case['images']}",
+                units.size(engine["bytes"]) if engine else "",
+            )
+        )
+    return Table("Answers", ("", "int8 layers", "top-1", "drop (95 %)", "images decided otherwise", "size"), tuple(rows))
+
+
+def _latencies(measured: Result) -> Table:
+    rows = [
+        (
+            engine["label"],
+            units.duration(engine["median_ns"]),
+            units.interval(engine["interval_ns"], units.duration),
+            *(
+                "too few" if engine["percentiles_ns"][name] is None else units.duration(engine["percentiles_ns"][name])
+                for name in ("p90", "p99")
+            ),
+        )
+        for engine in measured.get("engines", ())
+    ]
+    return Table("Latency", ("engine", "median", "95 %", "p90 at most", "p99 at most"), tuple(rows))
+
+
+def _ratios(measured: Result) -> Table:
+    told = {True: "different", False: "no difference can be told" if measured.get("verdict") == "valid" else "invalid run"}
+    rows = [
+        (ratio["label"], f"{ratio['ratio']:.3f}", units.interval(ratio["interval"], "{:.3f}".format), told[ratio["different"]])
+        for ratio in measured.get("ratios", ())
+    ]
+    return Table("Latency compared", ("", "ratio", "95 %", "told"), tuple(rows))
+
+
+def _filled(*tables: Table) -> tuple[Table, ...]:
+    return tuple(table for table in tables if table.rows)
+
+
+def _apart(row: Mapping[str, Any], found: Result) -> str:
+    return (
+        f"{row['differ']} of {row['images']} images have other integers in {found['last_quantized']}, by at most "
+        f"{units.plural(row['most_steps'], 'step')}; {row['changed_later']} other answers from the same integers; "
+        f"{row['flips']} decided otherwise"
+    )
+
+
+def _machine(machine: Mapping[str, Any]) -> dict[str, str]:
+    named = {"cpu": f"{machine['cpu']} ({machine['arch']})", "cores": str(machine["cores"]), "system": machine["system"]}
+    gpu = {"gpu": str(machine["gpu"])} if machine["gpu"] else {}
+    return {**named, **gpu, "python": machine["python"], **machine["versions"]}

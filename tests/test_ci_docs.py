@@ -1,0 +1,189 @@
+"""docs/ci.md, executed: its jobs and shell commands as written, on a tiny network in a folder like a clean clone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from conftest import TINY_NETWORK
+
+from deploykit import cli
+from deploykit import recipe as recipes
+
+PAGE = (Path(__file__).parents[1] / "docs" / "ci.md").read_text()
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RECIPE = """
+name = "net"
+gate = ["disagreements <= 12"]
+[model]
+name = "net.py:build"
+weights = "net.pth"
+[data]
+calibrate = "photos"
+validate = "labelled"
+[quantize]
+speed = false
+target_sqnr_db = 0.0
+[benchmark]
+enabled = false
+"""
+QUICK = ("--processes", "2", "--queries", "3", "--warmup", "1", "--offline-seconds", "0")
+
+
+def blocks(language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(PAGE) if found == language]
+
+
+def steps(job: str) -> list[str]:
+    """The shell commands of a GitHub or GitLab job, or of a Jenkins pipeline, one a line."""
+    lines = [line.strip() for line in job.splitlines()]
+    commands = [
+        re.sub(r"^(- run: |- |sh ')", "", line)
+        for line in lines
+        if re.match(r"(- run: |- pip|- deploykit|sh 'p|deploykit)", line)
+    ]
+    return commands
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A folder with a recipe, a network, its weights and pictures, and `deploykit` on the path."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """As a runner of GitHub runs a step: bash that stops at the first error."""
+        words = ["bash", "-e", "-c", command]
+        settings = {**self.environment, **environment}
+        return subprocess.run(words, cwd=self.folder, env=settings, capture_output=True, text=True, timeout=100, check=False)
+
+
+def program(folder: Path, text: str) -> Path:
+    """A folder for the path, in which `deploykit` is this script."""
+    folder.mkdir()
+    (folder / "deploykit").write_text(f"#!/bin/sh\n{text}\n")
+    (folder / "deploykit").chmod(0o755)
+    return folder
+
+
+def environment(programs: Path) -> dict[str, str]:
+    """That of a runner: `programs` come first, and nothing says that this is GitHub; one thread, for machines with few cores."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
+    return {**inherited, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory, photos, labelled) -> Callable[[], Clone]:
+    """A new clean clone; `deploykit` is the installed package, with small numbers for what a benchmark measures."""
+    quick = f'[ "$1" = benchmark ] && set -- "$@" {" ".join(QUICK)}\nexec {sys.executable} -m deploykit "$@"'
+    programs = program(tmp_path_factory.mktemp("programs") / "bin", quick)
+
+    def clone() -> Clone:
+        folder = tmp_path_factory.mktemp("clone")
+        (folder / "net.py").write_text(TINY_NETWORK)
+        (folder / "recipe.toml").write_text(RECIPE)
+        names: dict[str, object] = {}
+        torch.manual_seed(0)
+        exec(TINY_NETWORK, names)
+        torch.save(names["build"]().state_dict(), folder / "net.pth")
+        (folder / "photos").symlink_to(photos)
+        (folder / "labelled").symlink_to(labelled)
+        return Clone(folder, environment(programs))
+
+    return clone
+
+
+@pytest.fixture(scope="module")
+def clone(cloned) -> Clone:
+    """One clone for what goes on where an earlier command ended."""
+    return cloned()
+
+
+def counts(path: Path) -> tuple[int, int]:
+    root = ElementTree.parse(path).getroot()
+    return int(root.attrib["failures"]), int(root.attrib["errors"])
+
+
+class TestTheJobs:
+    def test_of_five_lines_runs_as_written_on_a_clean_clone_but_for_the_installation(self, cloned, tmp_path):
+        job = blocks("yaml")[0]
+        clone = cloned()
+        install, *commands = steps(job)
+
+        done = [clone.run(command, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(tmp_path / "step")) for command in commands]
+
+        assert len(job[job.index("steps:") :].splitlines()) == 1 + 5
+        assert install.startswith("pip install ")
+        assert [(one.returncode, one.stderr) for one in done] == [(0, "")]
+        assert "## deploykit net: PASS" in (tmp_path / "step").read_text()
+
+    @pytest.mark.parametrize("job", [*blocks("yaml")[1:], *blocks("groovy")], ids=["github", "gitlab", "jenkins"])
+    def test_of_every_system_run_as_written_but_for_the_installation_and_leave_what_it_collects(self, clone, job):
+        installs = [command for command in steps(job) if "pip install " in command]
+        commands = [command for command in steps(job) if "pip install " not in command]
+
+        done = [clone.run(command) for command in commands]
+
+        assert installs
+        assert [one.returncode for one in done] == [0], done[0].stderr
+        for name in ("gates.xml", "engine", *(["summary.md"] if "summary.md" in job else [])):
+            assert (clone.folder / name).exists()
+        assert counts(clone.folder / "gates.xml") == (0, 0)
+
+    @pytest.mark.parametrize("job", blocks("yaml")[:2])
+    def test_every_run_step_is_one_line_so_that_all_of_them_are_run_here(self, job):
+        assert len(steps(job)) == job.count("run:")
+        assert "run: |" not in job
+
+
+class TestTheCommands:
+    def test_all_run_as_written_and_their_exit_code_is_what_the_xml_says(self, clone):
+        for command in blocks("sh"):
+            done = clone.run(command)
+
+            file = re.search(r"--junit (\S+)", command)
+            if file is None:
+                assert done.returncode == 0, done.stderr
+            else:  # a rule of time may fail or not be decided here, whatever the engines are
+                failures, errors = counts(clone.folder / file[1])
+                assert done.returncode == (3 if failures else 5 if errors else 0), done.stderr
+        assert (clone.folder / "base.json").is_file()
+
+    @pytest.mark.parametrize(("code", "passes"), [(0, True), (5, True), (1, False), (2, False), (3, False), (4, False)])
+    def test_the_one_that_lets_cannot_tell_pass_lets_nothing_else_pass(self, tmp_path, code, passes):
+        (command,) = [command for command in blocks("sh") if "-eq 5" in command]
+        ends = Clone(tmp_path, environment(program(tmp_path / "bin", f"exit {code}")))
+
+        assert (ends.run(command).returncode == 0) is passes
+
+
+class TestThePage:
+    def test_has_a_recipe_that_can_be_read(self, tmp_path):
+        (recipe,) = blocks("toml")
+        (tmp_path / "recipe.toml").write_text(recipe)
+
+        rules = {str(rule) for rule in recipes.load(tmp_path / "recipe.toml").rules}
+
+        assert rules == {"drop <= 0.5 points", "agreement >= 99 %", "slowdown <= 0 %"}
+
+    def test_lists_the_exit_codes_of_the_command_line(self):
+        listed = re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)
+
+        assert listed == re.findall(
+            r"\b(\d+) (?=done|failed|usage|a gate|this|too few|interrupted)", " ".join(cli.cli.help.split())
+        )
+
+    def test_lists_every_command_that_writes_junit(self):
+        writing = [name for name, command in cli.cli.commands.items() if "junit" in {option.name for option in command.params}]
+
+        assert sorted(writing) == ["benchmark", "export", "parity", "run"]
+        assert "`run`, `export`, `benchmark` and `parity` have\nboth" in PAGE
