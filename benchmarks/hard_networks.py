@@ -120,7 +120,18 @@ def _chained(module: nn.Module) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
 def _export(scratch: Path, images: Path, words: list[str], folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "deploykit", "export", f"{scratch / 'network.py'}:build", *words]
     command += ["--validate", str(images / "test"), "--calibrate", str(images / "train"), "--calibration-images", "256"]
-    command += ["--int8", "--to", "onnxruntime", "--set", "benchmark.enabled=false", "--output", str(folder), "--json"]
+    command += [
+        "--int8",
+        "--to",
+        "onnxruntime",
+        "--set",
+        "benchmark.enabled=false",
+        "--set",
+        "quantize.speed=false",
+        "--output",
+        str(folder),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, 1, 3):  # a ruined network may fail its gates, which is what is measured
         sys.exit(done.stderr)

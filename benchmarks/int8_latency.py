@@ -82,6 +82,7 @@ def _make(model: str, images: Path, folder: Path) -> tuple[dict[str, Path], int]
     words = ["export", model, "--weights", "none", "--to", "onnxruntime", "--int8", "--calibrate", str(images)]
     # As many golden samples as calibration images: what the peer is given below is what ours was calibrated on.
     words += ["--calibration-images", "32", "--set", "export.samples=32", "--set", "benchmark.enabled=false"]
+    words += ["--set", "quantize.speed=false"]
     words += ["--output", str(folder)]
     subprocess.run([sys.executable, "-m", "deploykit", *words], check=True, capture_output=True)
     peer, fp32 = folder / "quantize_static.onnx", folder / "export-onnx" / "model.onnx"

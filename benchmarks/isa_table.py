@@ -81,7 +81,7 @@ def _export(name: str, pixels: str, checkpoint: str, cpu: str, images: Path, fol
     size = [f"preprocess.resize={pixels}", f"preprocess.crop={pixels}"] if pixels else []
     words = ["export", name, "--weights", checkpoint, "--classes", str(classes), "--int8", "--cpu", cpu, "--to", "onnxruntime"]
     words += ["--calibrate", str(images / "train"), "--calibration-images", str(CALIBRATION_IMAGES), "--output", str(folder)]
-    words += [word for setting in ("benchmark.enabled=false", *size) for word in ("--set", setting)]
+    words += [word for setting in ("benchmark.enabled=false", "quantize.speed=false", *size) for word in ("--set", setting)]
     done = subprocess.run([sys.executable, "-m", "deploykit", *words, "--json"], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr or done.stdout)

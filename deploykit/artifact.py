@@ -254,6 +254,22 @@ def read_artifact(folder: Path) -> Artifact:
         raise UsageError(f"{printable(manifest)} is damaged", why=f"{type(error).__name__}: {error}") from error
 
 
+def artifact_of(path: Path) -> Artifact | None:
+    """The artifact whose main file is `path`; None for any other file, and where the manifest beside it is not ours.
+
+    Raises UsageError when it is, and is damaged or was written by a newer deploykit.
+    """
+    manifest = path.parent / MANIFEST
+    try:
+        if not path.is_file() or not manifest.is_file() or manifest.stat().st_size > _MANIFEST_LIMIT_BYTES:
+            return None
+        content = json.loads(manifest.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(content, dict) and {"schema", "files", "path"} <= content.keys()
+    return read_artifact(path.parent) if is_ours and content["path"] == path.name else None
+
+
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:

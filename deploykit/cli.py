@@ -292,7 +292,7 @@ def benchmark_command(
 @click.option("--layout", "layouts", multiple=True, metavar="A|B=nhwc", help="This side has its channels last.")
 @click.option("--literal", multiple=True, type=click.Choice(["A", "B"]), help="Execute this ONNX graph without any optimization.")
 @click.option("--cast", is_flag=True, help="Feed each side its own floating-point type.")
-@click.option("--trust", is_flag=True, help="Load a TorchScript file from elsewhere, which runs the code in it.")
+@click.option("--trust", is_flag=True, help="Load TorchScript, which runs the program in it.")
 @_for_ci("parity")
 def parity_command(
     what: tuple[str, ...], cpus: tuple[str, ...], images: Path | None, arm_root: Path | None, **words: Any
@@ -434,18 +434,34 @@ def _run(recipe: Recipe, output: Path | None) -> Mapping[str, Any]:
 def _make_room(junit: Path | None, markdown: Path | None) -> None:
     """Remove what an earlier run wrote, which a killed one would leave standing as if it were its own.
 
-    Raises UsageError before there is any work when a file cannot be written.
+    Raises UsageError before there is any work when a file cannot be written, or is not ours to replace.
     """
     files = {"--junit": junit, "--markdown": markdown}
     asked = {option: path for option, path in files.items() if path is not None}
-    problems = [f"{option} {printable(path)}: {why}" for option, path in asked.items() if (why := publish.why_not_writable(path))]
+    problems = [f"{option} {printable(path)}: {why}" for option, path in asked.items() if (why := _why_not_replaceable(path))]
     if junit is not None and junit == markdown:
         problems.append(f"--junit and --markdown are the same file, {printable(junit)}")
     if problems:
-        raise UsageError("what CI reads cannot be written", problems=problems, fix="name files in a folder that is there")
+        fix = "name new files, in a folder that is there"
+        raise UsageError("what CI reads cannot be written", problems=problems, fix=fix)
     for path in asked.values():
         with translating_os_errors("replace", path):
             path.unlink(missing_ok=True)
+
+
+def _why_not_replaceable(path: Path) -> str:
+    """Why a file for CI cannot or must not be written; empty where there is none, an empty one, or one that we wrote before."""
+    from deploykit.report import junit, markdown
+
+    openings = (junit.OPENING, markdown.OPENING.encode())
+    if (why := publish.why_not_writable(path)) or not path.exists():
+        return why
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, openings)))
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return "" if not start or start.startswith(openings) else "a file is there that deploykit has not written"
 
 
 def _summary(kind: Literal["run", "benchmark", "parity"], found: Mapping[str, Any], seconds: float) -> Summary:
@@ -486,7 +502,7 @@ def _tell_ci_of(error: Exception) -> None:
     from deploykit.report import summary
 
     files = [_named("--junit"), _named("--markdown")]
-    junit, markdown = (path if path and not publish.why_not_writable(path) else None for path in files)
+    junit, markdown = (path if path and not _why_not_replaceable(path) else None for path in files)
     try:
         _tell_ci(summary.of_error(error, sys.argv[1]), junit, None if markdown == junit else markdown)
     except DeploykitError as another:
@@ -545,9 +561,14 @@ def _crosscheck(names: tuple[str, str], images: Path | None, **words: Any) -> Ma
 def _refuse_beside_isa(what: tuple[str, ...], words: Mapping[str, Any]) -> None:
     """Raise UsageError for a second path, and for options that are about two sides."""
     problems = [f"{len(what)} things are named; emulated CPUs are compared on one graph"] * (len(what) != 1)
-    problems += [f"{_OF_TWO_SIDES[name]} is for parity A B" for name, value in words.items() if value not in (None, False, ())]
+    problems += [f"{_OF_TWO_SIDES[name]} is for parity A B" for name, value in words.items() if _is_said(value)]
     if problems:
         raise UsageError("--isa and these do not go together", problems=problems)
+
+
+def _is_said(value: object) -> bool:
+    """Whether an option was given; 0 is a value, although it equals False."""
+    return value is not None and value is not False and value != ()
 
 
 def _layouts(texts: tuple[str, ...]) -> dict[str, Any]:

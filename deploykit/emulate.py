@@ -72,7 +72,10 @@ def answers(
 
     Raises CapabilityError when this machine cannot emulate that CPU, StageError when the process fails.
     """
-    command, environment = ([sys.executable], {}) if cpu is None else _python(cpu, arm_root)
+    # This very package and, beside it, nothing from the folder that a user happens to be in.
+    ours = {"PYTHONPATH": str(Path(__file__).parents[1].absolute()), "PYTHONSAFEPATH": "1"}
+    command, environment = ([sys.executable], ours) if cpu is None else _python(cpu, arm_root)
+    environment = ours | environment
     with tempfile.TemporaryDirectory() as scratch:
         fed, found = Path(scratch, "images.npy"), Path(scratch, "outputs.npz")
         np.save(fed, images)
@@ -130,7 +133,10 @@ def _run(command: list[str], request: Mapping[str, Any], environment: Mapping[st
     if done.returncode != 0:
         died = f"it died of {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
         raise StageError(f"{where}: the process failed", why=died or done.stderr.strip()[-2000:])
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise StageError(f"{where}: the process gave no answer", why=done.stderr.strip()[-2000:] or "it said nothing") from error
     return told
 
 

@@ -24,9 +24,9 @@ from deploykit.jsonable import to_json
 from deploykit.models import Model
 from deploykit.recipe import ExportTable
 from deploykit.runtimes import answers, onnxruntime, padded, pieces, torchscript
+from deploykit.runtimes.onnx_nodes import MODULE_KEY
 
 INPUT, OUTPUT, BATCH = "image", "logits", "batch"
-MODULE_KEY = "deploykit.module"
 
 
 def onnx_model(

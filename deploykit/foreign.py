@@ -18,6 +18,8 @@ FLOATS = ("float32", "float16", "float64")
 # Protobuf refuses messages from 2 GiB on (protobuf.dev/programming-guides/proto-limits).
 _LIMIT_BYTES = 2 << 30
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm", "ConvInteger", "MatMulInteger")
+# By which a picture with its channels last is told: grey, RGB, RGBA.
+_CHANNELS = (1, 3, 4)
 _HALVES = {onnx.TensorProto.FLOAT16: Precision.FP16, onnx.TensorProto.BFLOAT16: Precision.BF16}
 
 
@@ -51,19 +53,27 @@ def torchscript_file(path: Path, inputs: Sequence[TensorSpec]) -> Artifact:
     return _artifact(path, Format.TORCHSCRIPT, Precision.FP32, tuple(inputs), (TensorSpec("output", "float32", ("batch",)),))
 
 
-def settled(spec: TensorSpec, size: int | None, source: Path | str) -> TensorSpec:
-    """`spec` with `size` for each dimension that is dynamic, but for the first, the batch.
+def is_open(spec: TensorSpec) -> bool:
+    """Whether a dimension other than the first, the batch, is dynamic."""
+    return any(not isinstance(size, int) for size in spec.shape[1:])
 
-    Raises UsageError when there is one and no `size`, when there are more than a height and a width, and for an input that
+
+def settled(spec: TensorSpec, size: int | None, source: Path | str) -> TensorSpec:
+    """`spec` with `size` for the height and the width where they are dynamic.
+
+    Height and width are the last two of four dimensions, or those before a last one of 1, 3 or 4 channels. Raises UsageError
+    when they are dynamic and there is no `size`, when another dimension but the first, the batch, is, and for an input that
     holds no floating-point numbers, which nothing here could make.
     """
-    free = [size for size in spec.shape[1:] if not isinstance(size, int)]
+    free = {place for place, one in enumerate(spec.shape) if place and not isinstance(one, int)}
+    channels_last = len(spec.shape) == 4 and spec.shape[3] in _CHANNELS and 1 in free
+    sides = {1, 2} if channels_last else {2, 3}
     told = f"{printable(source)}: input {printable(spec.name)!r} of {spec.dtype} {list(spec.shape)}"
     if spec.dtype not in FLOATS:
         raise UsageError(
             f"{told} cannot be fed", why=f"inputs are made as {', '.join(FLOATS)}, and nothing says what others mean"
         )
-    if not spec.shape or len(free) > 2:
+    if not spec.shape or (free and (len(spec.shape) != 4 or not free <= sides)):
         raise UsageError(f"{told} cannot be fed", why="at most the batch, the height and the width may be dynamic")
     if free and size is None:
         raise UsageError(f"{told} has no fixed size", fix="--size PIXELS is its height and width")

@@ -150,7 +150,7 @@ def _cpus(names: Sequence[str], graph: Artifact) -> list[Cpu | None]:
         problems += [f"the graph is for arm64 CPUs, and {cpu.name} is none" for cpu in chosen if cpu.arch != "aarch64"]
     if is_for_arm64 and not fits_here and len(chosen) < 2:
         problems.append("the graph is for arm64 CPUs, and this machine is none: name two of them with --isa")
-    if runtimes.rules("onnxruntime").weight_bits == 7 and graph.facts.get("weight_bits") != 7:
+    if fits_here and runtimes.rules("onnxruntime").weight_bits == 7 and graph.facts.get("weight_bits") != 7:
         problems.append("the graph has 8-bit weights, and this CPU no int8 dot product: its own answers saturate")
     if problems or not names:
         raise UsageError("nothing to compare with", problems=problems, fix="--isa haswell --isa nehalem")

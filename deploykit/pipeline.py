@@ -205,14 +205,14 @@ def _calibrate(work: Work, model: Artifact) -> Artifact:
 def _quantize_for(work: Work, model: Artifact, observations: Artifact, settings: QuantizeTable, runtime: str) -> Artifact:
     """The Q/DQ file for one runtime's rules, measured and judged as the recipe asks."""
     recipe = work.recipe
-    is_timed = settings.speed and _is_built_here(recipe, runtime)
+    is_timed = settings.speed and settings.cpu == "this" and _is_built_here(recipe, runtime)
 
     def make(folder: Path) -> Artifact:
         from deploykit import quantize
         from deploykit.stopwatch import stopwatch
 
         decides = recipe.model.weights != "none" or recipe.finetune is not None
-        is_judged = any(not rule.is_of_time for rule in recipe.rules)
+        is_judged = decides and any(not rule.is_of_time for rule in recipe.rules)
         timed = stopwatch(runtime, recipe.build.threads, progress=work.progress) if is_timed else nullcontext()
         with timed as watch:
             return quantize.quantize(

@@ -129,7 +129,7 @@ class QuantizeTable:
     )
     speed: bool = setting(
         "keep layers in float that are faster so on this machine, all of them if INT8 as a whole is not faster; measured where "
-        "an engine can be built here",
+        'an engine can be built here, and for cpu = "this" alone',
         True,
     )
     sensitivity: bool = setting("measure what every tensor and layer costs, for the report, even if the ratio is good", False)
@@ -327,8 +327,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.build.keep == "fastest" and not recipe.benchmark.enabled:
         yield 'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false'
-    if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not recipe.build.runtimes):
-        yield 'build.keep = "fastest" chooses among engines: set build.runtimes, and build.engine to "auto" or "require"'
+    if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not {*recipe.build.runtimes} - {"tensorrt"}):
+        yield 'build.keep = "fastest" chooses among CPU engines: set build.runtimes, and build.engine to "auto" or "require"'
     if recipe.data.name is not None:
         for key in ("train", "calibrate", "validate"):
             if getattr(recipe.data, key) is not None:

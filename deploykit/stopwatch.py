@@ -45,6 +45,7 @@ def stopwatch(runtime: str, threads: int, *, progress: Progress = silent) -> Ite
         def raced(models: Mapping[str, Artifact]) -> Race:
             engines = {name: built(model) for name, model in models.items()}
             report = benchmark(engines, **_RACE, progress=lambda _, done, total: progress("race of INT8 graphs", done, total))
-            return Race({engine.label: engine.median_ns for engine in report.engines}, report.noise_floor)
+            intervals = {name: report.median_interval_ns(name) for name in engines}
+            return Race({name: report.engine(name).median_ns for name in engines}, report.noise_floor, intervals)
 
         yield Stopwatch(profiled if runtimes.REGISTRY[runtime].profiles else None, raced)

@@ -9,8 +9,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from deploykit import build, foreign
-from deploykit.artifact import MANIFEST, Artifact, Format, Precision, read_artifact, write_manifest
+from deploykit import build, foreign, runtimes
+from deploykit.artifact import MANIFEST, Artifact, Precision, artifact_of, read_artifact, write_manifest
 from deploykit.benchmark import benchmark
 from deploykit.benchmark.judge import (
     check_same_engine,
@@ -91,18 +91,21 @@ def _measured(
 
 
 def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None) -> dict[str, Artifact]:
-    """The engines at `paths` by label: an engine's folder, a file in it, a run with all its engines, or an ONNX file.
+    """The engines at `paths` by label: an engine's folder or main file, a run with all its engines, or an ONNX file.
 
-    An ONNX file that lies in no artifact is built in the folder `scratch`, and its label is its name. Raises UsageError with
-    everything that is no engine, and for an ONNX file that cannot be read or needs a `size`.
+    An ONNX file that is no artifact's is built in the folder `scratch`, and its label is its name. Raises UsageError with
+    everything that is no engine, for an ONNX file that cannot be read or needs a `size`, and for a `size` that none needs.
     """
     found: list[tuple[Path, str, Artifact]] = []
     problems = []
+    strangers = {path: foreign.onnx_file(path) for path in paths if is_foreign(path)}
+    if size is not None and not any(foreign.is_open(spec) for model in strangers.values() for spec in model.inputs):
+        raise UsageError(f"--size {size} says nothing", why="nothing that is measured leaves its height and width open")
     for path in paths:
-        if is_foreign(path):
-            found.append((path, printable(path.name), _built(path, scratch / str(len(found)), size)))
+        if path in strangers:
+            found.append((path, printable(path.name), _built(strangers[path], scratch / str(len(found)), size)))
             continue
-        artifacts = [artifact for artifact in map(read_artifact, _artifacts_in(path)) if artifact.format is Format.ENGINE]
+        artifacts = [artifact for artifact in map(read_artifact, _artifacts_in(path)) if runtimes.is_engine(artifact)]
         found += [(path, f"{artifact.facts['runtime']} {artifact.precision.value}", artifact) for artifact in artifacts]
         if not artifacts:
             problems.append(f"{printable(path)} is neither an engine nor a run that has one")
@@ -117,17 +120,16 @@ def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None)
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `path` is an ONNX file beside which no manifest says that it is ours."""
+    """Whether `path` is an ONNX file that is no artifact's. Raises UsageError for an artifact that is damaged."""
     try:
-        return path.suffix == ".onnx" and path.is_file() and not (path.parent / MANIFEST).is_file()
+        return path.suffix == ".onnx" and path.is_file() and artifact_of(path) is None
     except OSError:
         return False
 
 
-def _built(path: Path, folder: Path, size: int | None) -> Artifact:
-    """An ONNX file as an engine of ONNX Runtime with generated samples, in `folder`."""
-    found = foreign.onnx_file(path)
-    inputs = tuple(foreign.settled(spec, size, path) for spec in found.inputs)
+def _built(found: Artifact, folder: Path, size: int | None) -> Artifact:
+    """A stranger's ONNX file as an engine of ONNX Runtime with generated samples, in `folder`."""
+    inputs = tuple(foreign.settled(spec, size, found.path) for spec in found.inputs)
     samples = {spec.name: foreign.noise(spec, _SAMPLES, seed=index) for index, spec in enumerate(inputs)}
     source, target = folder / "source", folder / "engine"
     for place in (source, target):
@@ -139,10 +141,11 @@ def _built(path: Path, folder: Path, size: int | None) -> Artifact:
 def _artifacts_in(path: Path) -> list[Path]:
     """The folder of the artifact at `path`, or what a run there has built; what a killed run left unfinished is neither."""
     try:
-        folder = path.parent if path.is_file() else path
-        if (folder / MANIFEST).is_file():
-            return [folder]
-        return sorted(found for found in folder.glob("build-*") if not found.name.endswith(UNFINISHED))
+        if path.is_file():
+            return [path.parent] if artifact_of(path) is not None else []
+        if (path / MANIFEST).is_file():
+            return [path]
+        return sorted(found for found in path.glob("build-*") if not found.name.endswith(UNFINISHED))
     except OSError as error:
         raise UsageError(f"cannot read {printable(path)}", why=(error.strerror or str(error)).lower()) from error
 
@@ -281,6 +284,5 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
 
 
 def _threads(engines: Mapping[str, Artifact]) -> int | None:
-    threads = {engine.settings.get("intra_op_num_threads") for engine in engines.values()}
-    only = threads.pop() if len(threads) == 1 else None
-    return only if isinstance(only, int) else None
+    threads = {runtimes.threads_of(engine) for engine in engines.values()}
+    return threads.pop() if len(threads) == 1 else None

@@ -96,7 +96,7 @@ def judge_graph(
 ) -> Verdict:
     """The verdict of `rules` on an INT8 graph that has no engine yet: executed literally where its engine is not for this
     machine's CPU. `reference` are the answers of the float graph to the same `images`."""
-    is_here = runtimes.REGISTRY[runtime].on_cpu
+    is_here = runtimes.REGISTRY[runtime].on_cpu and not runtimes.why_not(runtime, cast(runtimes.Cpu, candidate.facts["cpu"]))
     session = (
         onnxruntime.optimized(candidate.path, threads=available_cores()) if is_here else onnxruntime.reference(candidate.path)
     )
@@ -222,13 +222,16 @@ def _by_reason(whys: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _labelled(case: Case, found: GateResult) -> GateResult:
     reason = found.reason if found.verdict is Verdict.PASS else found.reason + _blame(case.model)
+    search = cast(Mapping[str, Any], case.model.facts.get("search") or {})
+    if search.get("for_gate"):
+        reason += f"; {units.plural(search['for_gate'], 'layer')} stayed in float for this gate, chosen on these very images"
     return GateResult(f"{case.label}: {found.rule}", found.verdict, found.observed, found.interval, reason)
 
 
 def _blame(artifact: Artifact) -> str:
     """What causes most of the noise of an INT8 graph that did not pass, where that was measured."""
     search = cast(Mapping[str, Any], artifact.facts.get("search") or {})
-    kept = {step["layer"] for step in search.get("kept") or ()} | set(search.get("spared") or ())
+    kept = {*cast(Mapping[str, str], artifact.facts.get("float_layers") or {}), *(search.get("spared") or ())}
     errors = search.get("errors") or {}
     alone = {f"{kind} {name}": power for kind, word in _KINDS for name, power in errors.get(word, {}).items() if name not in kept}
     worst_first = sorted(alone, key=lambda name: -alone[name])[:3]

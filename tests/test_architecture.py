@@ -10,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import deploykit
 
@@ -120,6 +121,12 @@ class TestTheHouse:
         order = list(TopologicalSorter(graph).static_order())
 
         assert order.index("errors") < order.index("cli")
+
+    def test_a_wheel_holds_every_package(self):
+        listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+
+        folders = {path.parent.relative_to(PACKAGE.parent).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+        assert set(listed) == folders | {"deploykit.recipes"}
 
     def test_the_package_itself_imports_nothing(self):
         done = python("import sys; before = set(sys.modules); import deploykit; print(sorted(set(sys.modules) - before))")

@@ -236,6 +236,30 @@ class TestDamage:
             assert "is not a deploykit artifact\n  why: it has no manifest.json" in refused(tmp_path / name)
 
 
+class TestWhoseAFileIs:
+    def test_the_main_file_is_the_artifacts_and_no_other_file_beside_it_is(self, made):
+        other = made.folder / "theirs.onnx"
+        other.write_bytes(b"theirs")
+
+        found = [artifact.artifact_of(path) for path in (made.path, other, made.folder / MANIFEST, made.folder / "nothing")]
+
+        assert found == [made, None, None, None]
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{}", b"[]", b"5", b"\xff\xfe", b"[" * 100_000, b'{"name": "a web app", "path": "x"}']
+    )
+    def test_a_manifest_of_somebody_else_makes_no_artifact_of_a_file(self, made, content):
+        (made.folder / MANIFEST).write_bytes(content)
+
+        assert artifact.artifact_of(made.path) is None
+
+    def test_an_artifacts_file_that_was_changed_is_an_error_and_not_a_strangers(self, made):
+        made.path.write_bytes(b"other")
+
+        with pytest.raises(UsageError, match="is not the file that was published"):
+            artifact.artifact_of(made.path)
+
+
 class TestPathsThatEscape:
     @pytest.mark.parametrize("name", ["../secret", "weights/../../secret", "/etc/passwd", "..", "..\\secret", "a\0b"])
     def test_a_file_outside_the_folder_is_never_opened(self, made, name):

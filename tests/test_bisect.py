@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from deploykit.artifact import Artifact, write_manifest
-from deploykit.bisect import MARGIN, Bisection, bisect, command, graph, text
+from deploykit.bisect import MARGIN, Bisection, bisect, command, graph, noise, text
 from deploykit.bisect.hooks import Watched
 from deploykit.errors import UsageError
 
@@ -230,6 +232,18 @@ class TestAFaultIsFound:
         assert found.hints == ("strides is [2, 2], not [1, 1]",)
         assert found.failure
         assert (found.output_db, found.proof.before_db) == (None, None)
+        assert {layer.total_db for layer in found.layers} == {None}
+        assert found.proof.cured
+
+    def test_when_its_weights_read_other_channels_and_it_cannot_run(self, form, planted, kind):
+        found = self.found(form, planted, kind, weights(SECOND, lambda values: values[:, :-1]))
+
+        assert [suspect.node for suspect in found.suspects] == [SECOND]
+        assert found.culprit.own_db is None
+        assert found.culprit.excess_db == 200.0
+        assert "channel" in found.culprit.failure.lower()
+        assert found.hints[0] == "the weights have shape [8, 7, 3, 3], not [8, 8, 3, 3]"
+        assert {layer.failure for layer in found.layers if layer.node != SECOND} == {""}
         assert found.proof.cured
 
     def test_when_the_first_layer_reads_bgr(self, form, planted, kind):
@@ -270,6 +284,138 @@ class TestAFaultIsFound:
 
         assert [suspect.node for suspect in found.suspects] == ["body.1.first.0/Conv", "body.2.skip.0/Conv"]
         assert not found.proof.cured
+        assert "or shows others' as well" in found.proof.why
+
+
+class TestALayerThatTheRuntimeRefuses:
+    def unknown(self, model: onnx.ModelProto) -> None:
+        node_of(model, "body.1.first.2/Relu").op_type = "Rely"
+
+    def test_is_the_culprit(self, form, planted):
+        found = bisected(form("residual", "float"), planted(form("residual", "float"), self.unknown))
+
+        assert [suspect.node for suspect in found.suspects] == ["body.1.first.2/Relu"]
+        assert found.hints[0] == "body.1.first.2/Relu is Rely, not Relu"
+        assert "Rely" in found.culprit.failure
+        assert "Rely" in found.failure
+        assert found.proof.cured
+
+    def test_does_not_hide_another(self, form, planted):
+        def both(model: onnx.ModelProto) -> None:
+            self.unknown(model)
+            weights(SECOND, one_channel)(model)
+            weights("body.2.first.0/Conv", lambda values: values[:, :-1])(model)
+
+        found = bisected(form("residual", "float"), planted(form("residual", "float"), both))
+
+        assert [suspect.node for suspect in found.suspects] == ["body.1.first.2/Relu", SECOND, "body.2.first.0/Conv"]
+        assert not found.proof.cured
+        assert found.proof.why.startswith("something else stops it too")
+
+
+class TestNodesWithoutNamesOfTheirOwn:
+    def renamed(self, model: onnx.ModelProto, name: str | None, path: Path) -> Path:
+        for node in model.graph.node:
+            node.name = node.name if name is None else name
+        onnx.save(model, path)
+        return path
+
+    @pytest.mark.parametrize("names", [("", ""), ("node", "node"), ("", None), (None, ""), ("", "node")])
+    @pytest.mark.parametrize("kind", FORMS)
+    def test_are_told_apart_by_what_they_give(self, form, tmp_path, kind, names):
+        good, broken = onnx.load(form("residual", "float")), onnx.load(form("residual", kind))
+        weights(SECOND, lambda values: -values)(broken)
+        named = bisected(self.renamed(good, None, tmp_path / "a.onnx"), self.renamed(broken, None, tmp_path / "b.onnx"))
+
+        found = bisected(self.renamed(good, names[0], tmp_path / "a.onnx"), self.renamed(broken, names[1], tmp_path / "b.onnx"))
+
+        assert [suspect.tensor for suspect in found.suspects] == [suspect.tensor for suspect in named.suspects]
+        assert (found.culprit.op, found.culprit.module) == ("Conv", "body.1.second.0")
+        assert found.hints == named.hints
+        assert found.proof == named.proof
+        assert found.proof.cured
+
+    @pytest.mark.parametrize("names", [("", ""), (None, "")])
+    def test_are_told_apart_by_what_comes_out_behind_them(self, form, tmp_path, names):
+        good, broken = onnx.load(form("residual", "float")), onnx.load(form("residual", "float"))
+        weights(SECOND, lambda values: -values)(broken)
+        node = node_of(broken, SECOND)
+        place = list(broken.graph.node).index(node)
+        broken.graph.node.insert(place + 1, onnx.helper.make_node("Identity", ["before"], node.output[:]))
+        node.output[:] = ["before"]
+
+        found = bisected(self.renamed(good, names[0], tmp_path / "a.onnx"), self.renamed(broken, names[1], tmp_path / "b.onnx"))
+
+        assert found.culprit.module == "body.1.second.0"
+        assert found.hints == ("the weights of 8 of 8 output channels are -1 times the reference's",)
+        assert found.proof.cured
+
+    @pytest.mark.parametrize("names", [("", ""), ("node", "node")])
+    def test_are_missed_when_they_are_lost(self, form, tmp_path, names):
+        good, broken = onnx.load(form("mobile", "float")), onnx.load(form("mobile", "float"))
+        without("body.depthwise.2/HardSwish")(broken)
+
+        found = bisected(self.renamed(good, names[0], tmp_path / "a.onnx"), self.renamed(broken, names[1], tmp_path / "b.onnx"))
+
+        assert found.culprit.op == "HardSwish"
+        assert found.missing == (found.culprit.node,)
+        assert found.proof.cured
+
+
+class TestTheProofIsNotTried:
+    def test_where_the_same_node_may_mean_something_else(self, form, planted):
+        def newer(model: onnx.ModelProto) -> None:
+            weights(SECOND, lambda values: -values)(model)
+            model.opset_import[0].version += 1
+
+        found = bisected(form("residual", "float"), planted(form("residual", "float"), newer))
+
+        assert found.culprit.node == SECOND
+        assert not found.proof.cured
+        assert "opset" in found.proof.why
+        assert found.passes == 1
+
+
+class TestQuantizationThatIsNotUnderstood:
+    def refused(self, planted, source: Path, how: Callable[[onnx.ModelProto], None], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            bisected(source, planted(source, how))
+
+    def test_has_a_scale_that_is_computed(self, form, planted):
+        def computed(model: onnx.ModelProto) -> None:
+            node = input_quantizer(model, SECOND)
+            model.graph.node.insert(0, onnx.helper.make_node("Abs", [node.input[1]], ["computed"]))
+            node.input[1] = "computed"
+
+        name = "body.1.first.2/Relu/DequantizeLinear has the scale or zero point computed, which is computed"
+        self.refused(planted, form("residual", "onnxruntime"), computed, name)
+
+    def test_has_a_scale_for_each_block(self, form, planted):
+        def blocks(model: onnx.ModelProto) -> None:
+            node = next(node for node in model.graph.node if node_of(model, SECOND).input[1] in node.output)
+            scale = np.ones((8, 2, 3, 3), np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(scale, "blocks"))
+            node.input[:] = [node.input[0], "blocks"]
+            node.attribute.append(onnx.helper.make_attribute("block_size", 4))
+
+        self.refused(planted, form("residual", "tensorrt"), blocks, f"{SECOND}.*has a scale for each block")
+
+    def test_may_say_its_type_without_a_zero_point(self, form, planted):
+        def typed(model: onnx.ModelProto) -> None:
+            model.opset_import[0].version = 21
+            for node in model.graph.node:
+                if node.op_type == "QuantizeLinear":
+                    node.input[:] = node.input[:2]
+                    node.attribute.append(onnx.helper.make_attribute("output_dtype", onnx.TensorProto.INT8))
+
+        source = form("residual", "tensorrt")
+        before, after = (graph.read(path) for path in (source, planted(source, typed)))
+
+        ranges = [
+            [noise.representable(read, node) for node in read.proto.graph.node if node.op_type == "QuantizeLinear"]
+            for read in (before, after)
+        ]
+        assert ranges[0] == ranges[1] != []
 
 
 class TestScales:
@@ -436,6 +582,24 @@ class TestTheImages:
         assert found.culprit.own_db is None
         assert found.proof.after_db == 200.0
 
+    def test_are_not_compared_on_a_reference_that_is_not_finite(self, form, planted):
+        def poisoned(values: np.ndarray) -> np.ndarray:
+            values[0] = np.nan
+            return values
+
+        with pytest.raises(UsageError, match=f"{SECOND} of the reference gives NaN or infinity"):
+            bisected(planted(form("residual", "float"), weights(SECOND, poisoned)), form("residual", "float"))
+        with pytest.raises(UsageError, match="an image gives NaN or infinity"):
+            bisected(form("residual", "float"), form("residual", "float"), IMAGES * np.float32(np.inf))
+
+    def test_may_show_exactly_the_noise_that_is_explained(self, form, monkeypatch):
+        monkeypatch.setattr(noise, "explained", lambda a, b, tensor, anchors, seen: seen[tensor].own / seen[tensor].count)
+
+        found = bisected(form("residual", "float"), form("residual", "onnxruntime"))
+
+        assert {layer.excess_db for layer in found.layers} <= {0.0, -200.0}
+        assert 0.0 in {layer.excess_db for layer in found.layers}
+
 
 class TestGraphsThatCannotBeCompared:
     def test_are_two_networks(self, form):
@@ -503,6 +667,8 @@ class TestPyTorchAsTheReference:
             found = bisect(wrong, wrong, lambda: [IMAGES], network=network)
 
         assert found.culprit.node == SECOND
+        assert not found.proof.cured
+        assert "the layer of the export" in found.proof.why
 
     def test_nothing_watches_a_network_afterwards(self, form):
         module = networks.model("residual").module
@@ -562,6 +728,33 @@ class TestTheCommand:
             "preprocessing differs: interpolation is bicubic, not bilinear",
         ]
 
+    def test_prints_no_control_characters_of_a_file(self, deploykit, artifacts, tmp_path):
+        good, broken = tmp_path / "a.onnx", tmp_path / "b.onnx"
+        model = onnx.load(artifacts[0].path)
+        weights(SECOND, lambda values: -values)(model)
+        node_of(model, SECOND).name = "\x1b[31mred\n"
+        onnx.save(model, broken)
+        weights("\x1b[31mred\n", lambda values: -values)(model)
+        onnx.save(model, good)
+
+        done = deploykit("bisect", good, broken)
+
+        assert done.code == 3
+        assert done.out.startswith("\\x1b[31mred\\n (Conv")
+        assert "\x1b" not in done.out
+
+    def test_tells_what_the_runtime_refused_and_why_nothing_was_proven(self, deploykit, artifacts, planted):
+        def newer(model: onnx.ModelProto) -> None:
+            weights(SECOND, lambda values: values[:, :-1])(model)
+            model.opset_import[0].version += 1
+
+        done = deploykit("bisect", artifacts[0].path, planted(artifacts[0].path, newer))
+
+        assert done.code == 3
+        assert "its own error: it does not run alone, " in done.out
+        assert "proof: not tried, the graphs have ONNX opset" in done.out
+        assert "1 pass" in done.out
+
     def test_takes_pictures(self, deploykit, artifacts, photos):
         done = deploykit("bisect", artifacts[0].path, artifacts[0].path, "--data", photos, "--images", 5, "--json")
 
@@ -600,3 +793,9 @@ class TestTheCommand:
         assert good.code == 0
         assert bad.code == 3
         assert bad.out.startswith("conv2/Conv (Conv of module conv2)")
+
+
+def test_two_graphs_are_compared_without_torch():
+    code = "import sys, deploykit.bisect.command; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -182,6 +182,9 @@ class TestThePage:
             r"\b(\d+) (?=done|failed|usage|a gate|this|too few|interrupted)", " ".join(cli.cli.help.split())
         )
 
+    def test_has_no_job_that_passes_when_a_gate_cannot_tell(self):
+        assert not [job for job in (*blocks("yaml"), *blocks("groovy")) if "allow_failure" in job or "continue-on-error" in job]
+
     def test_lists_every_command_that_writes_junit(self):
         writing = [name for name, command in cli.cli.commands.items() if "junit" in {option.name for option in command.params}]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit import artifact, build, export, foreign, models, parity
+from deploykit import artifact, build, crosscheck, export, foreign, models, parity
 from deploykit.artifact import Artifact, Precision
 from deploykit.crosscheck import Said, compare_two, measures, nonfinite, pairing, sides, stress
 from deploykit.errors import UsageError
@@ -65,6 +66,7 @@ def stranger(
     scale: float = 1.0,
     more: tuple[str, ...] = (),
     fill: float | None = None,
+    answers: int = TensorProto.FLOAT,
 ) -> str:
     """A stranger's classifier of five classes: global average, then a product with constants; `fill` is one of them."""
     weights = (scale * networks.weights(3, 5)).astype(np.float32)
@@ -74,10 +76,11 @@ def stranger(
     nodes = [
         helper.make_node("Cast", [name], ["float"], "cast", to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float"], ["mean"], "pool", axes=[1, 2] if last else [2, 3], keepdims=0),
-        helper.make_node("MatMul", ["mean", "w"], ["y"], "head"),
+        helper.make_node("MatMul", ["mean", "w"], ["floats"], "head"),
+        helper.make_node("Cast", ["floats"], ["y"], "answer", to=answers),
     ]
     inputs = [helper.make_tensor_value_info(one, kind, shape) for one in (name, *more)]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 5))]
+    outputs = [helper.make_tensor_value_info("y", answers, ("n", 5))]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(weights, "w")])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
     return str(path)
@@ -111,7 +114,7 @@ class TestASideComparedWithItself:
     def test_is_identical_in_every_number(self, run_folder, name):
         side = str(run_folder / name)
 
-        found = compare_two(side, side, Said())
+        found = compare_two(side, side, Said(trust=name == "export-torchscript"))
 
         (output,) = found["outputs"]
         assert found["exit_code"] == 0
@@ -159,7 +162,7 @@ class TestSides:
             published(make(model, networks.images(8), None, ExportTable(), networks.made(tmp_path / name)))
 
         for other in ("onnx", "torchscript"):
-            found = compare_two(network, str(tmp_path / other), Said(weights="none"), images=photos)
+            found = compare_two(network, str(tmp_path / other), Said(weights="none", trust=True), images=photos)
             assert found["exit_code"] == 0, found["gates"]
             assert found["outputs"][0]["relative"] < 1e-5
             assert found["fed"] == {"origin": str(photos), "images": 12, "labelled": False}
@@ -198,6 +201,42 @@ class TestSides:
         assert "--trust, if you know its maker" in problems(script, fp32)
         assert compare_two(str(script), fp32, Said(trust=True))["exit_code"] == 0
 
+    @pytest.mark.parametrize("name", ["folder", "file"])
+    def test_so_is_torchscript_that_a_manifest_calls_ours_because_anybody_can_write_one(self, run_folder, fp32, name):
+        folder = run_folder / "export-torchscript"
+        script = folder if name == "folder" else artifact.read_artifact(folder).path
+
+        told = problems(fp32, script)
+
+        assert f"B: {script} is TorchScript" in told
+        assert "--trust, if you know its maker" in told
+
+    def test_an_engine_of_a_runtime_that_makes_none_is_refused_before_anything_in_it_is_loaded(self, run_folder, fp32, tmp_path):
+        folder = shutil.copytree(run_folder / "export-torchscript", tmp_path / "script")
+        found = artifact.read_artifact(folder)
+        disguised = replace(found, format=artifact.Format.ENGINE, facts={**found.facts, "runtime": "torchscript"})
+        artifact.write_manifest(folder, disguised)
+
+        assert "is an engine of no runtime that is known here" in problems(fp32, folder)
+
+    def test_a_checkpoint_is_not_called_torchscript(self, tmp_path, fp32):
+        path = tmp_path / "best.pth"
+        torch.save({"fc.weight": torch.zeros(2, 2)}, path)
+
+        told = problems(fp32, path)
+
+        assert "there is no program in it: a checkpoint has weights alone" in told
+        assert "--weights FILE" in told
+        assert "--trust" not in told
+
+    def test_a_file_beside_an_artifact_is_a_strangers(self, run_folder, theirs, tmp_path):
+        folder = shutil.copytree(run_folder / "build-onnxruntime-int8", tmp_path / "build")
+        beside = shutil.copy(theirs, folder / "theirs.onnx")
+
+        (side, _) = sides.open_sides((str(beside), theirs), Said())
+
+        assert (side.is_ours, side.model.path) == (False, beside)
+
     def test_torchscript_that_is_none_is_one_clear_error(self, tmp_path, fp32):
         script = tmp_path / "theirs.pt"
         script.write_bytes(b"hello")
@@ -216,6 +255,15 @@ class TestSides:
     def test_what_is_said_and_means_nothing_is_refused(self, fp32, int8, said, told):
         assert told in problems(fp32, int8, **said)
 
+    def test_a_preprocessing_is_refused_where_there_are_no_pictures_and_no_size_is_open(self, theirs, photos, tmp_path):
+        how = {"crop": "32", "mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
+        dynamic = stranger(tmp_path / "dynamic.onnx", shape=("n", 3, "h", "w"))
+        fixed = stranger(tmp_path / "fixed.onnx", shape=("n", 3, 32, 32))
+
+        assert "--preprocess: there are no pictures (--data DIR)" in problems(fixed, fixed, preprocess=how)
+        assert compare_two(dynamic, dynamic, Said(preprocess=how))["exit_code"] == 0
+        assert compare_two(fixed, fixed, Said(preprocess=how), images=photos)["exit_code"] == 0
+
     @pytest.mark.parametrize("name", ["export-onnx", "build-onnxruntime-int8"])
     def test_is_opened_with_as_many_threads_as_it_is_told(self, run_folder, name):
         side, _ = sides.open_sides((str(run_folder / name),) * 2, Said())
@@ -223,7 +271,7 @@ class TestSides:
         assert [side.open(count)._session.get_session_options().intra_op_num_threads for count in (1, 3)] == [1, 3]
 
     def test_literal_is_for_onnx_graphs_alone(self, fp32, run_folder):
-        assert "--literal B: " in problems(fp32, run_folder / "export-torchscript", literal=("B",))
+        assert "--literal B: " in problems(fp32, run_folder / "export-torchscript", literal=("B",), trust=True)
 
     def test_what_does_not_exist_is_said_in_one_line(self, theirs):
         assert problems(theirs, "nothing.onnx") == "B: there is no nothing.onnx"
@@ -286,6 +334,43 @@ class TestStrangersFiles:
 
         assert "--size PIXELS" in problems(dynamic, dynamic)
         assert compare_two(dynamic, dynamic, Said(size=12))["exit_code"] == 0
+
+    @pytest.mark.parametrize(
+        ("shape", "settled"),
+        [
+            (("n", 3, "h", "w"), ("n", 3, 12, 12)),
+            (("n", 3, 8, "w"), ("n", 3, 8, 12)),
+            (("n", "h", "w", 3), ("n", 12, 12, 3)),
+            (("n", "c", 8, 8), None),
+            (("n", "c", "h", "w"), None),
+            (("n", "h", "w", "c"), None),
+            (("n", 3, "length"), None),
+            (("n", "features"), None),
+        ],
+    )
+    def test_have_a_size_filled_in_as_height_and_width_and_nowhere_else(self, shape, settled):
+        spec = artifact.TensorSpec("x", "float32", shape)
+
+        if settled is not None:
+            assert foreign.settled(spec, 12, "theirs").shape == settled
+            return
+        with pytest.raises(UsageError, match="at most the batch, the height and the width may be dynamic"):
+            foreign.settled(spec, 12, "theirs")
+
+    def test_of_float64_are_fed_it(self, theirs, tmp_path):
+        double = stranger(tmp_path / "double.onnx", kind=TensorProto.DOUBLE)
+
+        assert compare_two(double, double, Said())["outputs"][0]["identical"]
+        assert compare_two(theirs, double, Said(cast=True))["exit_code"] == 0
+
+    @pytest.mark.parametrize("answers", [TensorProto.BOOL, TensorProto.UINT8])
+    def test_whose_answers_are_no_floats_are_compared_in_numbers_and_not_in_decisions(self, tmp_path, deploykit, answers):
+        side = stranger(tmp_path / "theirs.onnx", answers=answers)
+
+        found = compare_two(side, side, Said())
+
+        assert (found["exit_code"], found["decisions"], found["outputs"][0]["identical"]) == (0, None, True)
+        assert deploykit("parity", side, side).code == 0
 
     def test_with_a_fixed_batch_are_fed_it_and_what_was_padded_is_dropped(self, theirs, tmp_path):
         fixed = stranger(tmp_path / "fixed.onnx", shape=(4, 3, SIZE, SIZE))
@@ -412,10 +497,26 @@ class TestWhatIsNotANumber:
         assert found["decisions"]["disagreements"][0]["a_margin"] is None
         json.dumps(found, allow_nan=False)
 
-    def test_fails_on_both_sides_alike(self, tmp_path):
+    def test_fails_on_both_sides_alike_and_both_are_named(self, tmp_path):
         broken = stranger(tmp_path / "broken.onnx", fill=np.nan)
 
-        assert compare_two(broken, broken, Said())["exit_code"] == 3
+        found = compare_two(broken, broken, Said())
+
+        layer = "the first layer with one is head (MatMul)"
+        assert found["exit_code"] == 3
+        assert gate(found, "every answer")["reason"] == "; ".join(
+            f"{side} answers 18 inputs with NaN or infinity, the first is noise 0; {layer}" for side in "AB"
+        )
+
+    def test_is_counted_in_all_chunks_of_the_pictures(self, theirs, tmp_path, photos, monkeypatch):
+        monkeypatch.setattr(crosscheck, "_CHUNK", 5)
+        side = stranger(tmp_path / "fine.onnx", shape=("n", 3, 32, 32))
+        broken = stranger(tmp_path / "broken.onnx", shape=("n", 3, 32, 32), fill=np.nan)
+        said = Said(preprocess={"crop": "32", "mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"})
+
+        found = compare_two(side, broken, said, images=photos)
+
+        assert gate(found, "every answer")["reason"].startswith("B answers 12 inputs with NaN or infinity, the first is ")
 
     def test_is_found_in_a_pytorch_network_by_its_module(self):
         network = networks.model("residual").module
@@ -427,7 +528,8 @@ class TestWhatIsNotANumber:
 class TestStress:
     def test_has_a_row_for_every_kind(self, rows):
         threads = f"1 and {max(2, available_cores())} threads"
-        own = ["batch 1 against batch 16", "5 runs of the same input", threads, "a non-contiguous input", "a mis-typed input"]
+        checks = [f"deploykit's own check of a {kind} input" for kind in ("non-contiguous", "mis-typed")]
+        own = ["batch 1 against batch 16", "5 runs of the same input", threads, *checks]
 
         assert [row["kind"] for row in rows if not row["side"]] == ["all zeros", "all ones", "extremes"]
         for side in "AB":
@@ -441,6 +543,15 @@ class TestStress:
 
         assert len(told) == 4
         assert all(reason.startswith("refused: input 'image'") for reason in told)
+
+    def test_makes_no_gate_of_what_deploykit_refuses_itself_and_still_tells_it(self, theirs, deploykit):
+        found = json.loads(deploykit("parity", theirs, theirs, "--stress", "--json").out)
+
+        assert [row["side"] for row in found["stress"] if row["is_own_check"]] == ["A", "A", "B", "B"]
+        assert not [one["rule"] for one in found["gates"] if "own check" in one["rule"]]
+        assert "own check of a mis-typed input for B: refused: " in " ".join(
+            deploykit("parity", theirs, theirs, "--stress").out.split()
+        )
 
     def test_says_where_a_kind_means_nothing(self, tmp_path):
         fixed = stranger(tmp_path / "fixed.onnx", shape=(2, 3, SIZE, SIZE))
@@ -557,6 +668,7 @@ class TestTheCommandLine:
             (("A.onnx", "B.onnx", "C.onnx"), "parity compares two things, and 3 are named"),
             (("A.onnx", "B.onnx", "--isa", "haswell"), "2 things are named; emulated CPUs are compared on one graph"),
             (("A.onnx", "--isa", "haswell", "--stress"), "--stress is for parity A B"),
+            (("A.onnx", "--isa", "haswell", "--tolerance", "0"), "--tolerance is for parity A B"),
             (("A.onnx", "B.onnx", "--arm-root", "x"), "--arm-root is for --isa"),
             (("A.onnx", "B.onnx", "--layout", "C=nhwc"), "--layout names a side, A or B, and nchw or nhwc"),
             (("A.onnx", "B.onnx", "--preprocess", "crop"), "--preprocess 'crop' is not of the form KEY=VALUE"),
@@ -569,6 +681,17 @@ class TestTheCommandLine:
 
         assert outcome.code == 2
         assert told in outcome.err
+
+    def test_says_that_nothing_is_relative_to_answers_that_are_all_zero_and_not_that_they_are_not_finite(
+        self, tmp_path, deploykit
+    ):
+        zeros = stranger(tmp_path / "zeros.onnx", scale=0)
+
+        outcome = deploykit("parity", zeros, zeros)
+
+        assert outcome.code == 0
+        assert "not finite" not in outcome.out
+        assert "none" in outcome.out.partition("SQNR dB")[2].partition("differences")[0]
 
     def test_writes_its_gates_for_continuous_integration(self, theirs, tmp_path, deploykit):
         outcome = deploykit("parity", theirs, theirs, "--junit", tmp_path / "gates.xml")

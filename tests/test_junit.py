@@ -10,13 +10,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+import numpy as np
 import pytest
 import timings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploykit import isa, pipeline, publish, runtimes, timing
+from deploykit import isa, parity, pipeline, publish, runtimes, timing, verify
 from deploykit import recipe as recipes
+from deploykit.artifact import read_artifact
+from deploykit.crosscheck import measures
 from deploykit.errors import DeploykitError, StageError, UsageError
 from deploykit.machine import Machine
 from deploykit.report import junit, summary
@@ -80,6 +83,11 @@ class TestTheXml:
             assert int(element.attrib["failures"]) == len(root.findall("*/testcase/failure"))
             assert int(element.attrib["errors"]) == len(root.findall("*/testcase/error"))
         assert int(root[0].attrib["skipped"]) == len(root.findall("*/testcase/skipped"))
+
+    @given(SUMMARIES)
+    @few
+    def test_begins_as_our_own_files_are_told_by(self, found):
+        assert junit.render(found).startswith(junit.OPENING)
 
     @given(SUMMARIES)
     @few
@@ -210,21 +218,27 @@ class TestARun:
 
     def test_lists_nothing_for_a_gate_that_passed(self, finished_result):
         flip = {"image": "a.jpg", "label": None, "reference": "cat", "engine": "dog", "reference_margin": 1.0}
-        finished_result["parity"][2]["disagreements"] = [flip]
+        finished_result["parity"][2] |= {"disagreements": [flip], "disagreement_count": 1}
 
         assert [gate.details for gate in summary.of_run(finished_result).gates] == [()] * 5
 
-    def test_lists_no_more_than_a_hundred_lines_and_says_how_many_are_left_out(self, finished_result):
-        flip = {"image": "a.jpg", "label": None, "reference": "cat", "engine": "dog", "reference_margin": 1.0}
-        finished_result["parity"][1]["disagreements"] = [{**flip, "image": "of another engine.jpg"}]
-        finished_result["parity"][2]["disagreements"] = [flip] * 140
+    def test_lists_no_more_than_a_hundred_lines_and_says_how_many_are_left_out(self, finished, finished_result):
+        images, theirs = tuple(f"{index}.jpg" for index in range(150)), np.eye(2)[[1] * 140 + [0] * 10]
+        engine = read_artifact(finished.folder / "build-onnxruntime-int8")
+        case = verify.Case("onnxruntime int8", engine, None, is_engine=True, model=engine)
+        compared = parity.compare(theirs, np.eye(2)[[0] * 150], images, None)
+        flip = {"image": "of another engine.jpg", "label": None, "reference": "cat", "engine": "dog", "reference_margin": 1.0}
+        finished_result["parity"][1] |= {"disagreements": [flip], "disagreement_count": 1}
+        finished_result["parity"][2] = verify._as_json(case, compared, None, ("cat", "dog").__getitem__)
         finished_result["gates"][3]["verdict"] = "fail"
 
-        details = summary.of_run(finished_result).gates[3].details
+        found = summary.of_run(finished_result)
 
+        details = found.gates[3].details
         assert len(details) == 101
-        assert details[0] == "a.jpg: cat became dog"
+        assert details[0] == "0.jpg: cat became dog"
         assert details[-1] == "and 40 more"
+        assert "Images decided otherwise (the first 100 of 141)" in [table.title for table in found.tables]
 
     def test_gives_the_gates_of_a_stage_its_time_and_those_of_time_to_the_benchmark(self, finished_result):
         slow = {**finished_result["gates"][3], "rule": "onnxruntime int8: latency <= 5 ms"}
@@ -333,7 +347,7 @@ class TestParityOfTwo:
         gate = {"observed": 1, "interval": None, "reason": "1 of 9 images"}
         found = {
             "sides": [{"label": label, "name": label, "kind": "a graph"} for label in "AB"],
-            "decisions": {"disagreements": [flip]},
+            "decisions": {"disagreements": [flip], "disagreement_count": 1},
             "gates": [{**gate, "rule": rule, "verdict": "fail"} for rule in ("every answer is a number", "disagreements <= 0")],
             "machine": json.loads(finished.outcome.out)["machine"],
             "notes": [],
@@ -343,6 +357,22 @@ class TestParityOfTwo:
 
         assert (of_numbers.details, of_decisions.details) == ((), ("a.jpg: cat became dog",))
         assert of_numbers.seconds + of_decisions.seconds == 4.0
+
+    def test_names_a_hundred_of_the_images_that_flipped_and_says_how_many_are_left_out(self, finished):
+        a, b = np.eye(2)[[0] * 150], np.eye(2)[[1] * 140 + [0] * 10]
+        compared = parity.compare(b, a, tuple(f"{index}.jpg" for index in range(150)), None)
+        found = {
+            "sides": [{"label": label, "name": label, "kind": "a graph"} for label in "AB"],
+            "decisions": measures.decisions(compared, a, b, None, str),
+            "gates": [{"rule": "disagreements <= 0", "verdict": "fail", "observed": 140, "interval": None, "reason": "140"}],
+            "machine": json.loads(finished.outcome.out)["machine"],
+            "notes": [],
+        }
+
+        told = summary.of_parity(found, seconds=1.0)
+
+        assert (len(told.gates[0].details), told.gates[0].details[-1]) == (101, "and 40 more")
+        assert told.tables[0].title == "Images decided otherwise (the first 100 of 140)"
 
 
 class TestAnError:
@@ -433,6 +463,37 @@ class TestTheFile:
             assert f"{option} {path}: {why}" in done.err
         assert sorted(tmp_path.iterdir()) == [tmp_path / "link"]
 
+    @pytest.mark.parametrize("option", ["--junit", "--markdown"])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "run {option} {file}",
+            "run {option}={file}",
+            "run {file} {option} {file}",
+            "run nowhere.toml --nonsense {option} {file}",
+            "benchmark nowhere {option} {file}",
+        ],
+    )
+    def test_that_deploykit_did_not_write_is_refused_and_left_as_it_is(self, deploykit, tiny_recipe, tmp_path, option, words):
+        file = tmp_path / "recipe.toml"
+        file.write_bytes(tiny_recipe.read_bytes())
+
+        done = deploykit(*words.format(option=option, file=file).split())
+
+        assert done.code == 2
+        assert file.read_bytes() == tiny_recipe.read_bytes()
+        if words.startswith(("run {file}", "benchmark")):
+            assert f"{option} {file}: a file is there that deploykit has not written" in done.err
+
+    @pytest.mark.parametrize("option", ["--junit", "--markdown"])
+    def test_that_is_empty_or_an_earlier_one_is_replaced(self, deploykit, tmp_path, option):
+        file = tmp_path / "page"
+        file.touch()
+
+        for command in ("benchmark", "run"):
+            assert deploykit(command, "nowhere", option, file).code == 2
+            assert f"deploykit {command}" in file.read_text()
+
     def test_of_both_options_is_refused(self, deploykit, tiny_recipe, tmp_path):
         done = deploykit("run", tiny_recipe, "--junit", tmp_path / "both", "--markdown", tmp_path / "both")
 
@@ -443,7 +504,7 @@ class TestTheFile:
         self, deploykit, tiny_recipe, tmp_path, monkeypatch
     ):
         file = tmp_path / "gates.xml"
-        file.write_text("all passed")
+        file.write_bytes(junit.render(gates(Gate("e: drop <= 1 points", Status.PASS, "observed 0"))))
 
         def run(*_: object, **__: object) -> None:
             assert not file.exists()

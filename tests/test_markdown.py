@@ -55,6 +55,11 @@ class TestThePage:
     def test_has_the_verdict_of_the_worst_gate(self, gates, verdict):
         assert shown(markdown.render(Summary("net", tuple(gates))))[0] == ("h2", [f"deploykit net: {verdict}"])
 
+    @given(TEXTS)
+    @few
+    def test_begins_as_our_own_pages_are_told_by(self, name):
+        assert markdown.render(Summary(name, (PASSED,))).startswith(markdown.OPENING)
+
     def test_has_a_row_for_each_gate_the_worst_at_the_top(self):
         rows = [texts for tag, texts in shown(markdown.render(Summary("net", (PASSED, UNDECIDED, FAILED)))) if tag == "tr"]
 

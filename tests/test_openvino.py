@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from deploykit import build, parity, pipeline, workspace
 from deploykit import recipe as recipes
 from deploykit.artifact import Artifact, read_artifact
+from deploykit.benchmark.report import about
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.gate import Verdict
 from deploykit.runtimes import openvino, run
@@ -82,6 +83,11 @@ class TestEngines:
         assert engine.machine is not None
         assert engine.tools == {"openvino": openvino.openvino.__version__}
         assert engine.settings["INFERENCE_NUM_THREADS"] == 1
+
+    def test_its_threads_are_known_so_that_a_baseline_with_other_threads_is_another(self, engine):
+        more = replace(engine, settings={**engine.settings, "INFERENCE_NUM_THREADS": 2})
+
+        assert [about(one)["threads"] for one in (engine, more)] == [1, 2]
 
     @pytest.mark.parametrize(("key", "value"), [("INFERENCE_PRECISION_HINT", "f32"), ("DYNAMIC_QUANTIZATION_GROUP_SIZE", "0")])
     def test_nothing_is_computed_coarser_than_the_graph_says(self, engine, key, value):

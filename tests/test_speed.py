@@ -16,7 +16,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit import artifact, quantize, runtimes
@@ -140,17 +140,6 @@ class TestTheCut:
 
         assert case.costs.predict(plan, case.everything) == pytest.approx(case.takes(names(plan)))
 
-    @few
-    @given(cases())
-    def test_gives_a_plan_that_is_slower_neither_than_all_in_int8_nor_than_all_in_float(self, case):
-        plan = case.plan(slow_layers(case.everything, case.costs))
-        assume(names(plan) in case.best())  # an Add that `place` moves with its layers may cost more
-
-        takes = case.costs.predict(plan, case.everything)
-
-        assert takes <= case.costs.predict(case.everything, case.everything)
-        assert takes <= case.costs.predict(replace(plan, kernels=frozenset(), uses={}), case.everything)
-
     @pytest.mark.parametrize(("loss", "slow"), [(7_959, []), (7_961, ["b"])])
     def test_leaves_a_slower_kernel_on_integers_where_going_to_floats_and_back_costs_more(self, loss, slow):
         everything = place.plan(graph_of(["[a] x1 = Conv(x0, w)", "[b] x2 = Conv(x1, w)", "[c] x3 = Conv(x2, w)"], "x3"), RULES)
@@ -266,7 +255,7 @@ class TestARace:
     @few
     @given(st.lists(st.floats(1, 1e9), min_size=1, max_size=6), st.floats(0, 0.5))
     def test_is_won_by_one_than_which_none_is_faster_by_more_than_the_noise_and_no_earlier_one_at_all(self, times, floor):
-        race = Race(dict(enumerate(times)), floor)
+        race = Race(dict(enumerate(times)), floor, {index: (time, time) for index, time in enumerate(times)})
 
         winner = race.winner
 
@@ -274,8 +263,13 @@ class TestARace:
         assert all(ns > times[winner] for ns in times[:winner])
 
     def test_prefers_the_earlier_within_the_noise(self):
-        assert Race({"int8": 100.0, "float": 96.0}, 0.05).winner == "int8"
-        assert Race({"int8": 100.0, "float": 95.0}, 0.05).winner == "float"
+        exact = {"int8": (100.0, 100.0), "float": (90.0, 90.0)}
+        assert Race({"int8": 100.0, "float": 96.0}, 0.05, exact).winner == "int8"
+        assert Race({"int8": 100.0, "float": 95.0}, 0.05, exact).winner == "float"
+
+    def test_that_another_way_might_have_won_leaves_the_earlier_one(self):
+        wide = {"int8": (90.0, 170.0), "float": (60.0, 95.0)}
+        assert Race({"int8": 150.0, "float": 90.0}, 0.01, wide).winner == "int8"
 
 
 @dataclass
@@ -298,7 +292,8 @@ class Watch:
 
     def race(self, models: Mapping[str, Artifact]) -> Race:
         self.raced.append({name: replace(model, path=model.path) for name, model in models.items()})
-        return Race({name: 1e6 if name == self.wins else 2e6 for name in models}, 0.0)
+        ns = {name: 1e6 if name == self.wins else 2e6 for name in models}
+        return Race(ns, 0.0, {name: (time, time) for name, time in ns.items()})
 
     @property
     def stopwatch(self) -> Stopwatch:

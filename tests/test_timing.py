@@ -19,7 +19,7 @@ import pytest
 import timings
 
 from deploykit import build, timing
-from deploykit.artifact import Artifact, read_artifact, write_manifest
+from deploykit.artifact import Artifact, digest_file, read_artifact, write_manifest
 from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport, about
 from deploykit.build import Engine
@@ -150,6 +150,41 @@ class TestEngines:
             == timing.engines_at([fp32 / "engine.onnx"], tmp_path)
             == {FP32: read_artifact(fp32)}
         )
+
+    @pytest.mark.parametrize("beside", ["an engine", "another program's manifest"])
+    def test_a_strangers_file_is_built_and_measured_itself_whatever_lies_beside_it(self, fp32, portable, tmp_path, beside):
+        folder = tmp_path / "build"
+        if beside == "an engine":
+            shutil.copytree(fp32, folder)
+        else:
+            folder.mkdir()
+            (folder / "manifest.json").write_text('{"name": "a web app", "icons": []}')
+        path = Path(shutil.copy(portable("lenet5").path, folder / "theirs.onnx"))
+
+        ((label, engine),) = timing.engines_at([path], tmp_path / "scratch").items()
+
+        assert label == "theirs.onnx"
+        assert engine.folder.is_relative_to(tmp_path / "scratch")
+        assert engine.facts["model"] == f"sha256 {digest_file(path)}"
+
+    def test_a_file_beside_an_engine_is_not_the_engine(self, refused, fp32):
+        assert f"- {fp32}/session.json is neither an engine nor a run" in refused(fp32 / "session.json")
+
+    def test_an_engine_that_was_changed_is_refused_and_not_taken_for_a_strangers_file(self, refused, fp32, tmp_path):
+        copy = shutil.copytree(fp32, tmp_path / "copy")
+        (copy / "engine.onnx").write_bytes((copy / "engine.onnx").read_bytes()[:-1])
+
+        assert "engine.onnx is not the file that was published" in refused(copy / "engine.onnx")
+
+    def test_an_engine_of_a_runtime_that_makes_none_is_refused_so_that_no_program_in_it_runs(self, refused, fp32, tmp_path):
+        copy = shutil.copytree(fp32, tmp_path / "copy")
+        found = read_artifact(copy)
+        write_manifest(copy, replace(found, facts={**found.facts, "runtime": "torchscript"}))
+
+        assert "copy is neither an engine nor a run" in refused(copy)
+
+    def test_a_size_is_refused_where_nothing_leaves_it_open(self, refused, fp32):
+        assert "--size 32 says nothing" in refused(fp32, "--size", 32)
 
     def test_two_engines_of_a_kind_are_told_apart_by_where_they_are(self, fp32, tmp_path):
         copy = shutil.copytree(fp32, tmp_path / "copy")

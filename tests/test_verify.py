@@ -115,7 +115,9 @@ class TestThePrecisionGate:
 
 class TestTheBlame:
     def int8(self, portable, search: Mapping[str, Any] | None) -> Artifact:
-        return replace(portable("lenet5"), facts={} if search is None else {"search": search})
+        return replace(
+            portable("lenet5"), facts={} if search is None else {"search": search, "float_layers": {"b": "too sensitive"}}
+        )
 
     def test_names_the_three_worst_that_are_still_in_int8_with_what_each_costs_alone(self, portable):
         search = {

@@ -16,6 +16,7 @@ from deploykit.benchmark.conditions import Conditions
 from deploykit.benchmark.statistics import Difference, Interval, difference, median_interval, noise_floor, percentile_bound
 from deploykit.errors import UsageError
 from deploykit.machine import Machine
+from deploykit.runtimes import threads_of
 
 _LONGEST_NS = 2**53  # a hundred days, and the largest number that every reader of JSON holds exactly
 
@@ -25,7 +26,7 @@ def about(engine: Artifact) -> dict[str, Any]:
     return {
         "model": str(engine.facts.get("model")),
         "input": [list(spec.shape) for spec in engine.inputs],
-        "threads": engine.settings.get("intra_op_num_threads"),
+        "threads": threads_of(engine),
     }
 
 

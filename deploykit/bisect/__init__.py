@@ -8,7 +8,7 @@ second pass is the proof: the suspect with that one layer computed as the refere
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,9 @@ from deploykit.artifact import Tensors
 from deploykit.bisect import blame, noise
 from deploykit.bisect import graph as graphs
 from deploykit.bisect.graph import Graph
+from deploykit.bisect.layers import Layers
 from deploykit.bisect.noise import Seen
-from deploykit.errors import DeploykitError, StageError, UsageError
+from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import onnxruntime, padded
 
@@ -47,9 +48,9 @@ class Layer:
     """One tensor that both graphs have, and the node that computes it.
 
     `own_db` is signal to noise when the layer runs alone on the reference's activations, None when the result has another
-    shape or is not finite; `explained_db` what its precision explains. `excess_db` is by how much it is noisier than explained,
-    in the channel that stands out most where it has weights; `total_db` is signal to noise with all errors from before, None
-    where the graph did not run or the result has another shape.
+    shape, is not finite, or does not exist; then `failure` is what the runtime said. `explained_db` is what its precision
+    explains, `excess_db` by how much it is noisier than that, in the channel that stands out most where it has weights.
+    `total_db` is signal to noise with all errors from before, None where the graph did not run or the result has another shape.
     """
 
     module: str
@@ -61,19 +62,21 @@ class Layer:
     excess_db: float
     channel: int | None
     total_db: float | None
+    failure: str
 
 
 @dataclass(frozen=True)
 class Proof:
     """Signal to noise at the output in dB, and what it is when the layer alone is computed as in the reference.
 
-    `before_db` is None when the graph did not run at all, `after_db` when it then still does not. `cured`: at most half of the
-    noise is left.
+    `before_db` is None when the graph did not run at all, `after_db` when it then still does not, or that was not tried. `cured`:
+    at most half of the noise is left; `why` says why not.
     """
 
     before_db: float | None
     after_db: float | None
     cured: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,26 @@ def bisect(
     once for each pass. With a `network`, from which `a` was exported, its modules say what is right where they give a tensor of
     `a`.
 
-    Raises UsageError when the graphs have no tensors in common, or there are no images.
+    Raises UsageError when the graphs have no tensors in common, there are no images, or the reference gives NaN or infinity.
     """
-    reference, suspect = graphs.read(a), graphs.read(b)
+    reference = graphs.read(a)
+    suspect = graphs.read(b, like=reference)
     anchors = graphs.common(reference, suspect)
     first = _Pass(reference, suspect, anchors, network)
     answers = [first.add(batch) for batch in _announced(batches(), "bisect", total, progress)]
     if not answers:
         raise UsageError("there is no image to compare on")
-    layers = tuple(_layer(reference, suspect, name, anchors, first.seen) for name in anchors if name in suspect.producers)
+    layers = tuple(_layer(first, name) for name in anchors if name in suspect.producers)
     suspects = tuple(layer for layer in layers if layer.excess_db > 10 * math.log10(MARGIN))
     culprit = _blamed(reference, suspect, suspects[0], anchors) if suspects else None
     output = first.seen.get(reference.outputs[0])
     before = None if first.failure or output is None else _decibels(output.total, output.signal)
-    proof = None
-    if culprit is not None:
+    proof, apart = None, graphs.other_opsets(reference, suspect)
+    if culprit is not None and apart:
+        proof = Proof(before, None, cured=False, why=apart)
+    elif culprit is not None:
         again = _announced(batches(), "prove", total, progress)
-        proof = _proof(reference, suspect, culprit, anchors, before, zip(again, answers, strict=True))
+        proof = _proof(first, culprit, before, zip(again, answers, strict=True))
     return Bisection(
         culprit=culprit,
         hints=() if culprit is None else blame.hints(reference, suspect, culprit.tensor, anchors, first.seen),
@@ -131,7 +137,7 @@ def bisect(
         failure=first.failure,
         output_db=before,
         images=sum(map(len, answers)),
-        passes=1 if proof is None else 2,
+        passes=1 if proof is None or apart else 2,
     )
 
 
@@ -146,8 +152,7 @@ class _Pass:
                 self.seen[node.input[0]].clipped[noise.representable(b, node)[1:]] = np.zeros(1)
         self.failure = ""
         self._reference = onnxruntime.reference(graphs.exposing(a, anchors), arena=False)
-        alone, self._given = graphs.alone(b, anchors, a.ranks)
-        self._alone = onnxruntime.reference(alone, arena=False)
+        self.alone = Layers(b, anchors, a.ranks)
         self._whole: onnxruntime.OnnxSession | None = None
         try:
             self._whole = onnxruntime.reference(graphs.exposing(b, anchors), arena=False)
@@ -162,11 +167,12 @@ class _Pass:
         wanted = {source: fed, **_run(self._reference, source, fed)}
         if self.network is not None:
             wanted |= {name: value for name, value in self.network(fed).items() if name in self.seen}
-        self._alone.feed({inner: np.ascontiguousarray(wanted[name]) for name, inner in self._given.items()})
-        self._alone.execute()
-        own, total = self._alone.views(), self._answered(source, fed)
+        _check_finite(self.a, {name: wanted[name] for name in self.anchors})
+        own, total = self.alone.run(wanted), self._answered(source, fed)
         for name, seen in self.seen.items():
             seen.add(wanted[name], own.get(name), total.get(name))
+            if name in self.alone.refused:
+                seen.own = np.full(1, np.inf)
         return np.array(wanted[self.a.outputs[0]][: len(images)])
 
     def _answered(self, source: str, images: Images) -> Tensors:
@@ -187,27 +193,39 @@ def _run(session: onnxruntime.OnnxSession, source: str, images: Images) -> Tenso
     return session.views()
 
 
-def _layer(a: Graph, b: Graph, tensor: str, anchors: Sequence[str], seen: Mapping[str, Seen]) -> Layer:
-    node, found = a.node_of(tensor), seen[tensor]
+def _check_finite(a: Graph, tensors: Tensors) -> None:
+    """Raises UsageError that names the first of the reference's tensors that is not: nothing could be compared with it."""
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            giver = f"{printable(a.node_of(name).name)} of the reference" if name in a.producers else "an image"
+            why = f"the tensor {printable(name)} holds them, and nothing can be compared with that"
+            raise UsageError(f"{giver} gives NaN or infinity", why=why, fix="mend the reference first, or give other images")
+
+
+def _layer(run: _Pass, tensor: str) -> Layer:
+    node, found = run.a.node_of(tensor), run.seen[tensor]
     count = max(1, found.count)
-    allowed = noise.explained(a, b, tensor, anchors, seen)
+    allowed = noise.explained(run.a, run.b, tensor, run.anchors, run.seen)
     own = found.own / count
-    if not any(_is_by_channel(a.constants.get(name)) for name in node.input):
+    if not any(_is_by_channel(run.a.constants.get(name)) for name in node.input):
         # Without weights no channel can be wrong alone, and few values of each would only be a noisier measure.
         own, allowed = own.mean(keepdims=True), allowed.mean(keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(own > 0, own / noise.fitted(allowed, len(own)), 0)
     channel = int(excess.argmax())
+    explained_db = _decibels(np.array(allowed.mean()), np.array(found.moments.mean()))
+    below_db = _decibels(excess[channel], np.ones(1))
     return Layer(
         module=graphs.module_of(node),
         node=node.name,
         op=node.op_type,
         tensor=tensor,
         own_db=_decibels(found.own, found.signal),
-        explained_db=_decibels(np.array(allowed.mean()), np.array(found.moments.mean())) or 0.0,
-        excess_db=-(_decibels(excess[channel], np.ones(1)) or -_MOST_DB),
+        explained_db=0.0 if explained_db is None else explained_db,
+        excess_db=_MOST_DB if below_db is None else -below_db,
         channel=channel if len(excess) > 1 else None,
-        total_db=_decibels(found.total, found.signal),
+        total_db=None if run.failure else _decibels(found.total, found.signal),
+        failure=run.alone.refused.get(tensor, ""),
     )
 
 
@@ -229,28 +247,24 @@ def _to_cure(a: Graph, culprit: Layer, anchors: Sequence[str]) -> list[str]:
     return [name for name in anchors if name in a.producers and any(node.name == culprit.node for node in a.cone(name, anchors))]
 
 
-def _proof(
-    a: Graph,
-    b: Graph,
-    culprit: Layer,
-    anchors: Sequence[str],
-    before_db: float | None,
-    pairs: Iterable[tuple[Images, NDArray[np.float32]]],
-) -> Proof:
-    """Run B with the culprit computed as in A, and compare with what A answered."""
-    output = Seen()
+def _proof(run: _Pass, culprit: Layer, before_db: float | None, pairs: Iterable[tuple[Images, NDArray[np.float32]]]) -> Proof:
+    """Run B with the culprit computed as in A, and compare with what the reference answered."""
+    a, b, output = run.a, run.b, Seen()
     (source,), result = b.inputs, b.outputs[0]
     try:
-        session = onnxruntime.reference(graphs.cured(a, b, _to_cure(a, culprit, anchors), anchors))
+        session = onnxruntime.reference(graphs.cured(a, b, _to_cure(a, culprit, run.anchors), run.anchors))
         for images, wanted in pairs:
             answer = _run(session, source, np.ascontiguousarray(padded(images, b.batch)))[result]
             output.add(wanted, None, answer[: len(images)])
-    except DeploykitError:  # another layer stops it too
-        return Proof(before_db, None, cured=False)
+    except DeploykitError as error:
+        return Proof(before_db, None, cured=False, why=f"something else stops it too, {error.why.strip()}")
     after = _decibels(output.total, output.signal)
-    if before_db is None or after is None:
-        return Proof(before_db, after, cured=after is not None)
-    return Proof(before_db, after, cured=after - before_db >= -10 * math.log10(_CURED))
+    if after is not None and (before_db is None or after - before_db >= -10 * math.log10(_CURED)):
+        return Proof(before_db, after, cured=True, why="")
+    # Then not even the cure is what PyTorch computes, when it is the export that is wrong.
+    why = "it is the layer of the export, which may itself not be PyTorch's" if run.network is not None else ""
+    why = why or "the output hardly shows this layer's error, or shows others' as well"
+    return Proof(before_db, after, cured=False, why=why)
 
 
 def _missing(a: Graph, b: Graph) -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from deploykit.errors import UsageError, printable
-from deploykit.export import MODULE_KEY
 from deploykit.runtimes import onnx_nodes
+from deploykit.runtimes.onnx_nodes import MODULE_KEY
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 TRANSPARENT = frozenset({QUANTIZE, DEQUANTIZE, "Identity"})
@@ -41,7 +43,7 @@ class Graph:
         for node in self.proto.graph.node:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
                 found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-            elif node.op_type in TRANSPARENT and all(name in found for name in node.input if name):
+            elif node.op_type in TRANSPARENT and all(name in found for name in node.input if name) and not _is_blockwise(node):
                 found[node.output[0]] = _computed(node, [found[name] for name in node.input if name])
         return found
 
@@ -62,6 +64,11 @@ class Graph:
         known = self.types.get(tensor)
         there = known is not None or (tensor in self.producers and tensor not in self.constants)
         return there and (known is None or known.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED))
+
+    @property
+    def opsets(self) -> Mapping[str, int]:
+        """The version of each domain of operators."""
+        return {_domain(imported.domain): imported.version for imported in self.proto.opset_import}
 
     @property
     def inputs(self) -> list[str]:
@@ -103,18 +110,85 @@ class Graph:
         return [node for node in self.proto.graph.node if node.output[0] in names]
 
 
-def read(path: Path) -> Graph:
-    """The graph at `path`. Raises UsageError when it is no ONNX file, or keeps its weights in other files."""
+def read(path: Path, *, like: Graph | None = None) -> Graph:
+    """The graph at `path`, in which each node has a name of its own: that of the node of `like` which gives the same tensor by
+    the same operator, else its own, else that of its first output. Names are optional in ONNX, and may be there twice.
+
+    Raises UsageError when it is no ONNX file, keeps its weights in other files, or has Q/DQ that are not understood.
+    """
     outside = onnx_nodes.external_tensors(path)
     if outside:
-        why = f"{len(outside)} tensors, the first of them {outside[0]}, lie in other files"
+        why = f"{len(outside)} tensors, the first of them {printable(outside[0])}, lie in other files"
         raise UsageError(f"cannot bisect {printable(path)}", why=why, fix="save it as one file")
     proto = onnx.load(path, load_external_data=False)
     # What a file says about its shapes may be as wrong as the rest of it.
     del proto.graph.value_info[:]
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    return Graph(onnx.shape_inference.infer_shapes(proto), path)
+    graph = Graph(onnx.shape_inference.infer_shapes(proto), path)
+    _name(graph, like)
+    _check_quantization(graph)
+    return graph
+
+
+def _name(graph: Graph, like: Graph | None) -> None:
+    nodes = {node.output[0]: node for node in graph.proto.graph.node}
+    names = {} if like is None else _names_of(graph, like)
+    times, taken = Counter(node.name for node in nodes.values()), set(names.values())
+    own = {output: node.name for output, node in nodes.items() if times[node.name] == 1 and node.name not in {"", *taken}}
+    names = {**own, **names}
+    taken = set(names.values())
+    for output, node in nodes.items():
+        if output not in names:
+            names[output] = next(name for name in chain([output], (f"{output}_{n}" for n in count(2))) if name not in taken)
+            taken.add(names[output])
+        node.name = names[output]
+
+
+def _names_of(graph: Graph, like: Graph) -> dict[str, str]:
+    """The names of those nodes of `like` that `graph` has too, by their first output here: same tensor, same operator."""
+    found: dict[str, str] = {}
+    for tensor in like.producers:
+        if tensor in graph.producers:
+            node, named = graph.node_of(tensor), like.node_of(tensor)
+            if node.op_type == named.op_type and named.name not in found.values():
+                found.setdefault(node.output[0], named.name)
+    return found
+
+
+def _check_quantization(graph: Graph) -> None:
+    """Raises UsageError with every QuantizeLinear and DequantizeLinear whose steps cannot be told."""
+    problems = []
+    for node in graph.proto.graph.node:
+        if node.op_type not in (QUANTIZE, DEQUANTIZE):
+            continue
+        given = [name for name in node.input[1:] if name]
+        computed = [name for name in given if name not in graph.constants]
+        if _is_blockwise(node):
+            problems.append(f"{printable(node.name)} has a scale for each block of values")
+        elif computed:
+            problems.append(f"{printable(node.name)} has the scale or zero point {printable(computed[0])}, which is computed")
+        elif node.op_type == QUANTIZE:
+            kind = quantized_type(node, graph.constants[given[1]] if len(given) > 1 else None)
+            if not np.issubdtype(kind, np.integer):
+                problems.append(f"{printable(node.name)} quantizes to {kind}")
+    if problems:
+        why = "what rounding explains follows from constant scales, of tensors or channels, and integers of 8 bits or more"
+        fix = "quantize it with such scales"
+        raise UsageError(f"cannot bisect {printable(graph.path)}", problems=problems, why=why, fix=fix)
+
+
+def quantized_type(node: onnx.NodeProto, zero_point: NDArray[Any] | None) -> np.dtype[Any]:
+    """What a QuantizeLinear gives: the type of its zero point, else what its attribute `output_dtype` says (opset 21), else
+    uint8."""
+    if zero_point is not None:
+        return zero_point.dtype
+    declared = attributes(node).get("output_dtype", 0)
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(declared) if declared else np.uint8)
+
+
+def _is_blockwise(node: onnx.NodeProto) -> bool:
+    return bool(attributes(node).get("block_size", 0))
 
 
 def common(a: Graph, b: Graph) -> list[str]:
@@ -123,7 +197,7 @@ def common(a: Graph, b: Graph) -> list[str]:
     Raises UsageError when inputs or outputs are others, or most of A's tensors are not in B.
     """
     problems = [
-        f"{what}: {', '.join(mine)} in {printable(a.path)}, {', '.join(theirs)} in {printable(b.path)}"
+        f"{what}: {printable(', '.join(mine))} in {printable(a.path)}, {printable(', '.join(theirs))} in {printable(b.path)}"
         for what, mine, theirs in (("inputs", a.inputs, b.inputs), ("outputs", a.outputs, b.outputs))
         if mine != theirs
     ]
@@ -154,10 +228,15 @@ def exposing(graph: Graph, tensors: Sequence[str]) -> bytes:
     return content
 
 
-def alone(graph: Graph, anchors: Sequence[str], ranks: Mapping[str, int]) -> tuple[bytes, dict[str, str]]:
+def alone(
+    graph: Graph, anchors: Sequence[str], ranks: Mapping[str, int], tensors: Sequence[str] | None = None
+) -> tuple[bytes, dict[str, str]]:
     """Every layer of the graph by itself: whoever reads one of `anchors` reads an input of that value instead, and what was
-    computed for it is an output. Also returns the names of those inputs, by anchor. `ranks` are the anchors' dimensions."""
-    model = _copy(graph)
+    computed for it is an output. Also returns the names of those inputs, by anchor. `ranks` are the anchors' dimensions.
+
+    With `tensors`, some of the anchors, only the layers that give these are there.
+    """
+    model = _copy(graph) if tensors is None else _only(graph, tensors, anchors)
     del model.graph.input[:]
     del model.graph.output[:]
     named = {name: f"{name}{_GIVEN}" for name in anchors}
@@ -168,8 +247,17 @@ def alone(graph: Graph, anchors: Sequence[str], ranks: Mapping[str, int]) -> tup
                 node.input[index] = named[name]
                 read_ones[name] = None
     model.graph.input.extend(_value(named[name], ranks[name]) for name in read_ones)
-    model.graph.output.extend(_value(name, None) for name in anchors if name in graph.producers)
+    given = anchors if tensors is None else tensors
+    model.graph.output.extend(_value(name, None) for name in given if name in graph.producers)
     return model.SerializeToString(), {name: named[name] for name in read_ones}
+
+
+def other_opsets(a: Graph, b: Graph) -> str:
+    """Why nodes of A would be others in B: the versions of its operators, where B has not the same. Empty when it has."""
+    used = sorted({_domain(node.domain) for node in a.proto.graph.node})
+    apart = [domain for domain in used if a.opsets.get(domain) != b.opsets.get(domain)]
+    told = (f"{domain or 'ONNX'} opset {a.opsets.get(domain)} and {b.opsets.get(domain) or 'none'}" for domain in apart)
+    return f"the graphs have {printable(', '.join(told))}, in which the same node may mean something else" if apart else ""
 
 
 def cured(a: Graph, b: Graph, tensors: Sequence[str], anchors: Collection[str]) -> bytes:
@@ -234,9 +322,28 @@ def _computed(node: onnx.NodeProto, values: Sequence[NDArray[Any]]) -> NDArray[A
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     if node.op_type == DEQUANTIZE:
         return ((values[0].astype(np.float32) - zero_point) * scale).astype(np.float32)
-    kind = np.iinfo(values[2].dtype if len(values) > 2 else np.uint8)
+    type_of_it = quantized_type(node, values[2] if len(values) > 2 else None)
+    if not np.issubdtype(type_of_it, np.integer):  # refused by `read`
+        return values[0]
+    kind = np.iinfo(type_of_it)
     integers: NDArray[Any] = np.clip(np.rint(values[0] / scale) + zero_point, kind.min, kind.max)
     return integers.astype(kind.dtype)
+
+
+def _only(graph: Graph, tensors: Collection[str], anchors: Collection[str]) -> onnx.ModelProto:
+    """A copy with what computes `tensors` from `anchors`, and nothing else."""
+    proto = graph.proto
+    nodes = {node.output[0]: node for tensor in tensors for node in graph.cone(tensor, anchors)}
+    read_ones = {name for node in nodes.values() for name in node.input}
+    model = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    model.graph.name = proto.graph.name
+    model.graph.initializer.extend(value for value in proto.graph.initializer if value.name in read_ones)
+    model.graph.node.extend(node for node in proto.graph.node if node.output[0] in nodes)
+    return model
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
 
 
 def _value(name: str, rank: int | None) -> onnx.ValueInfoProto:

@@ -19,8 +19,8 @@ from deploykit.bisect.graph import Graph
 class Watched:
     """A network whose innermost modules are watched while it runs; use it in a `with` statement, which ends that.
 
-    A module's n-th call belongs to the last node of its n-th group in `graph`, the export of this network. Export folds a
-    BatchNorm into the convolution before it, so what that BatchNorm makes of a convolution's result takes its place.
+    A module's n-th call belongs to its n-th node in `graph`, the export of this network, if it has as many nodes as calls. Export
+    folds a BatchNorm into the convolution before it, so what that BatchNorm makes of a convolution's result takes its place.
     """
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:

@@ -127,7 +127,7 @@ def _of_layer(
     rounding, clipping = inputs.get(source, (0.0, np.zeros(1)))
     moments = np.broadcast_to(_fan_in(node, seen[source].moments if source else np.zeros(1), rows), rows.shape)
     # A channel without weights has any scale, and a bias that int32 could not hold at the weights' own scale has enlarged it.
-    steps = np.minimum(_steps(b, b.node_of(tensor)), _COARSER * rows.max(axis=1) / _LARGEST)
+    steps = np.minimum(fitted(_steps(b, b.node_of(tensor)), len(rows)), _COARSER * rows.max(axis=1) / _LARGEST)
     bias = a.constants.get(node.input[2]) if len(node.input) > 2 else None
     summed = (rows * np.sqrt(moments)).sum(axis=1) + (0.0 if bias is None else np.abs(bias.reshape(-1)))
     adding = _ROUNDING**2 * rows.shape[1] * summed**2
@@ -185,9 +185,9 @@ def _span(values: Seen, low: float, high: float, scale: float) -> float:
 def representable(b: Graph, quantizer: onnx.NodeProto) -> tuple[float, float, float]:
     """The largest step of a QuantizeLinear, the smallest value that it can represent and the largest."""
     scale = float(b.constants[quantizer.input[1]].max())
-    zero_point = b.constants[quantizer.input[2]] if len(quantizer.input) > 2 and quantizer.input[2] else np.zeros((), np.uint8)
-    kind = np.iinfo(zero_point.dtype)
-    first = float(zero_point.reshape(-1)[0])
+    zero_point = b.constants[quantizer.input[2]] if len(quantizer.input) > 2 and quantizer.input[2] else None
+    kind = np.iinfo(graphs.quantized_type(quantizer, zero_point))
+    first = 0.0 if zero_point is None else float(zero_point.reshape(-1)[0])
     return scale, (kind.min - first) * scale, (kind.max - first) * scale
 
 

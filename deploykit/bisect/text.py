@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deploykit.errors import printable
+
 _LISTED = 8
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """Lines for people; `found` is what `bisect.compare` gives."""
-    return "".join(f"{line}\n" for line in _lines(found))
+    """Lines for people; `found` is what `command.compare` gives. Names come from files that may be a stranger's."""
+    return "".join(f"{printable(line)}\n" for line in _lines(found))
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -26,7 +28,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"  {hint}" for hint in found["hints"])
         channel = "" if culprit["channel"] is None else f", most in channel {culprit['channel']}"
         yield f"  its own error: {_own(culprit)}; explained: {culprit['explained_db']:.1f} dB{channel}"
-        yield f"  proof: {_proof(culprit, proof)}"
+        yield f"  proof: {_proof(culprit, proof) if found['passes'] > 1 else 'not tried, ' + proof['why']}"
     others = [layer["node"] for layer in found["suspects"][1:]]
     if others:
         yield f"  also beyond, after it: {', '.join(others[:_LISTED])}{', ...' * (len(others) > _LISTED)}"
@@ -42,10 +44,12 @@ def _images(found: Mapping[str, Any]) -> str:
 def _proof(culprit: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
     before, after = (_ratio(proof[key], "does not run") for key in ("before_db", "after_db"))
     told = f"with {culprit['node']} as in the reference, SQNR at the output goes from {before} to {after}"
-    return told if proof["cured"] else f"{told}: the output hardly shows this layer's error, or shows others' as well"
+    return f"{told}: {proof['why']}" if proof["why"] else told
 
 
 def _own(layer: Mapping[str, Any]) -> str:
+    if layer["failure"]:
+        return f"it does not run alone, {layer['failure'].splitlines()[0]}"
     return _ratio(layer["own_db"], "another shape, or not finite")
 
 

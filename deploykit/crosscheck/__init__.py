@@ -110,7 +110,7 @@ def compare_two(
         judged = _judged(asked, answered, fed, rules)
         answered.seconds.update(start=opened - start, compared=perf_counter() - opened)
         rows = stress.run(asked.sides, (first, second), asked.pairs, asked.limit, asked.how, progress) if stressed else []
-    gates = [*judged.gates, *map(stress.as_gate, rows)]
+    gates = [*judged.gates, *(stress.as_gate(row) for row in rows if not row.is_own_check)]
     return {
         "sides": [_side(side) for side in asked.sides],
         "fed": {"origin": fed.origin, "images": len(fed.names), "labelled": labelled},
@@ -127,7 +127,7 @@ def compare_two(
 
 
 def _question(names: tuple[str, str], said: Said, tolerance: float | None, *, is_of_pictures: bool) -> Question:
-    sides = open_sides(names, said)
+    sides = open_sides(names, said, is_of_pictures=is_of_pictures)
     pairs = pair(*sides, cast=said.cast, size=asked_size(said))
     limit = measures.limit_for(
         sides[0].precision, sides[1].precision, tolerance=tolerance, quantization_db=_quantization_db(sides)
@@ -215,17 +215,23 @@ def _answered(asked: Question, sessions: tuple[Session, Session], fed: Fed, prog
     """Both sides' answers, chunk by chunk, so that memory does not grow with the number of pictures but for the answers."""
     seconds = {"inputs": 0.0, "a": 0.0, "b": 0.0}
     found: list[list[list[NDArray[np.floating]]]] = [[], []]
-    broken, done = "", 0
+    blamed, done = ["", ""], 0
     for chunk in _timed(fed.chunks, seconds):
         for which, (side, session) in enumerate(zip(asked.sides, sessions, strict=True)):
             answered, took = answers(side, session, asked.pairs, chunk)
             seconds[side.label.lower()] += took
             found[which].append(answered)
-            broken = broken or nonfinite.told(side, asked.pairs, chunk, answered, fed.names[done:])
+            if not blamed[which] and (broken := nonfinite.broken(answered)):
+                blamed[which] = nonfinite.blame(side, asked.pairs, [array[broken[0] : broken[0] + 1] for array in chunk])
         done += len(chunk[0])
         progress("parity", done, len(fed.names))
     a, b = ([np.concatenate(parts) for parts in zip(*pieces, strict=True)] for pieces in found)
-    return Answered(a, b, seconds, broken)
+    told = [
+        nonfinite.told(side, nonfinite.broken(values), fed.names, where)
+        for side, values, where in zip(asked.sides, (a, b), blamed, strict=True)
+        if where
+    ]
+    return Answered(a, b, seconds, "; ".join(told))
 
 
 def _timed(
@@ -279,14 +285,18 @@ def _judged(asked: Question, answered: Answered, fed: Fed, rules: Sequence[Rule]
     decided, counts = _decisions(answered, fed, asked.sides)
     gates = [_finite_gate(answered), *(_limit_gate(output, asked.limit) for output in outputs)]
     if rules and counts is None:
-        raise UsageError("there is nothing to judge these rules on", why="the sides have no one output of (images, classes)")
+        raise UsageError(
+            "there is nothing to judge these rules on", why="the sides have no one floating-point output of (images, classes)"
+        )
     return Judged(outputs, decided, gates + [judge(rule, counts) for rule in rules if counts is not None])
 
 
 def _decisions(answered: Answered, fed: Fed, sides: Sequence[Side]) -> tuple[dict[str, Any] | None, PairedCounts | None]:
-    """Decisions where the one output is (images, classes), and their counts; None and None elsewhere."""
+    """Decisions where the one output is floating-point (images, classes), and their counts; None and None elsewhere."""
     mine, theirs = answered.a[0], answered.b[0]
     if len(answered.a) != 1 or mine.ndim != 2 or mine.shape[1] < 2 or mine.shape != theirs.shape:
+        return None, None
+    if {mine.dtype.kind, theirs.dtype.kind} != {"f"}:
         return None, None
     labels = None if fed.images is None else fed.images.labels
     if fed.images is not None and labels is not None:
@@ -335,4 +345,6 @@ def _side(side: Side) -> dict[str, Any]:
 def _notes(fed: Fed, has_decisions: bool) -> list[str]:
     if fed.origin == _GENERATED:
         return ["no pictures were given and neither side brings samples: answers can be compared, decisions mean nothing"]
-    return [] if has_decisions else ["there is no one output of (images, classes), so there are no decisions to compare"]
+    if has_decisions:
+        return []
+    return ["there is no one floating-point output of (images, classes), so there are no decisions to compare"]

@@ -59,7 +59,8 @@ def limit_for(first: Precision, second: Precision, *, tolerance: float | None, q
 def histogram(actual: NDArray[np.floating], wanted: NDArray[np.floating]) -> list[dict[str, Any]]:
     """Counts of |d| / max|wanted| by decades: `below` is the upper end, 0 for what is equal, None for what is 1 or more."""
     difference = np.abs(actual.astype(np.float64) - wanted)
-    difference = difference[np.isfinite(difference)] / (np.abs(wanted[np.isfinite(wanted)]).max(initial=0) or 1.0)
+    largest = np.abs(wanted[np.isfinite(wanted)].astype(np.float64)).max(initial=0)
+    difference = difference[np.isfinite(difference)] / (largest or 1.0)
     edges = [0.0, *(10.0**decade for decade in _DECADES)]
     places = np.searchsorted(edges, difference[difference > 0], side="right")
     counts = np.bincount(places, minlength=len(edges) + 1).tolist()

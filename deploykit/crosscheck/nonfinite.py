@@ -17,22 +17,21 @@ from deploykit.errors import DeploykitError, printable
 from deploykit.runtimes import onnxruntime
 
 
-def told(
-    side: Side,
-    pairs: Pairs,
-    inputs: Sequence[NDArray[np.floating]],
-    answered: Sequence[NDArray[np.floating]],
-    names: Sequence[str],
-) -> str:
-    """Which images `side` answers with NaN or infinity, and where that begins; empty when it answers all with numbers."""
+def broken(answered: Sequence[NDArray[np.floating]]) -> list[int]:
+    """The indices of the images that any output, one array for each, answers with NaN or infinity."""
     fine = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in answered]
-    broken = np.flatnonzero(~np.logical_and.reduce(fine)).tolist()
-    if not broken:
-        return ""
-    images = [array[broken[0] : broken[0] + 1] for array in inputs]
-    tensors = fed(side, pairs, [runtimes.padded(image, side.batch) for image in images])
-    where = first_layer(side, tensors)
-    return f"{side.label} answers {len(broken)} inputs with NaN or infinity, the first is {names[broken[0]]}; {where}"
+    found: list[int] = np.flatnonzero(~np.logical_and.reduce(fine)).tolist()
+    return found
+
+
+def blame(side: Side, pairs: Pairs, image: Sequence[NDArray[np.floating]]) -> str:
+    """Where the answer to one image, an array of one row for each input, stops being a number, in words."""
+    return first_layer(side, fed(side, pairs, [runtimes.padded(array, side.batch) for array in image]))
+
+
+def told(side: Side, rows: Sequence[int], names: Sequence[str], where: str) -> str:
+    """Which images `side` answers with NaN or infinity, in words; `rows` are their indices, and `where` it begins."""
+    return f"{side.label} answers {len(rows)} inputs with NaN or infinity, the first is {names[rows[0]]}; {where}"
 
 
 def first_layer(side: Side, inputs: Tensors) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from deploykit import foreign, models, recipe, runtimes
-from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, read_artifact
+from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, artifact_of, read_artifact
 from deploykit.errors import UsageError, printable
 from deploykit.machine import available_cores
 from deploykit.models import preprocess
@@ -24,8 +25,6 @@ Layout = Literal["nchw", "nhwc"]
 LABELS = ("A", "B")
 _RUN = "result.json"
 _SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
-# What each runtime calls its threads in the settings of an engine.
-_THREADS = {"onnxruntime": "intra_op_num_threads", "openvino": "INFERENCE_NUM_THREADS"}
 _COMPARED = (Format.ONNX, Format.TORCHSCRIPT, Format.ENGINE)
 
 
@@ -34,8 +33,8 @@ class Said:
     """What the user says of the two sides; `literal` and `layouts` are by label, A or B.
 
     `preprocess` holds keys of the recipe's table with their values in TOML syntax. `size` is the height and width where a file
-    leaves them open. `trust` allows a TorchScript file from elsewhere, which runs code when it is loaded; `cast` feeds each
-    side its own floating-point type.
+    leaves them open. `trust` allows TorchScript, which runs the program in it when it is loaded, and whose manifest, where there
+    is one, anybody may have written; `cast` feeds each side its own floating-point type.
     """
 
     weights: str = "default"
@@ -83,8 +82,10 @@ class Side:
         return replace(spec, shape=(batch, channels, height, width))
 
 
-def open_sides(names: tuple[str, str], said: Said) -> tuple[Side, Side]:
+def open_sides(names: tuple[str, str], said: Said, *, is_of_pictures: bool = False) -> tuple[Side, Side]:
     """What the two words name. A TorchScript file that does not say what it takes, takes what the other side does.
+
+    `is_of_pictures` says whether they are to be fed pictures.
 
     Raises UsageError for what cannot be compared, ModelError for a network that cannot be built.
     """
@@ -92,7 +93,7 @@ def open_sides(names: tuple[str, str], said: Said) -> tuple[Side, Side]:
     sides = [None if script else _side(name, label, said) for name, label, script in zip(names, LABELS, scripts, strict=True)]
     known = next((side for side in sides if side is not None), None)
     first, second = (side or _script(name, label, said, known) for side, name, label in zip(sides, names, LABELS, strict=True))
-    _refuse_unused(first, second, said)
+    _refuse_unused(first, second, said, is_of_pictures=is_of_pictures, says_size=known is None)
     return first, second
 
 
@@ -108,9 +109,13 @@ def given_preprocess(said: Said) -> Preprocess | None:
     return None if given is None else preprocess.resolve(None, given, name="--preprocess")[0]
 
 
-def _refuse_unused(first: Side, second: Side, said: Said) -> None:
-    """Raise UsageError for what was said of a side, and means nothing for what it is."""
+def _refuse_unused(first: Side, second: Side, said: Said, *, is_of_pictures: bool, says_size: bool) -> None:
+    """Raise UsageError for what was said of a side, and means nothing for what it is.
+
+    `says_size` is for sides of which --preprocess alone says what they take.
+    """
     sides = (first, second)
+    is_open = any(foreign.is_open(spec) for side in sides for spec in side.inputs)
     problems = [
         f"--layout {side.label}=nhwc: {printable(side.name)} takes its channels first"
         for side in sides
@@ -118,10 +123,13 @@ def _refuse_unused(first: Side, second: Side, said: Said) -> None:
     ]
     if said.weights != "default" and first.module is None and second.module is None:
         problems.append(f"--weights {printable(said.weights)}: neither side is a PyTorch network")
-    if said.size is not None and all(isinstance(size, int) for side in sides for spec in side.inputs for size in spec.shape[1:]):
+    if said.size is not None and not is_open:
         problems.append(f"--size {said.size}: neither side leaves its height and width open")
-    if said.preprocess and first.module is None and second.module is None and (first.is_ours or second.is_ours):
-        problems.append("--preprocess: a side is ours, and its manifest says how a picture becomes its input")
+    if said.preprocess and first.module is None and second.module is None:
+        if first.is_ours or second.is_ours:
+            problems.append("--preprocess: a side is ours, and its manifest says how a picture becomes its input")
+        elif not (is_of_pictures or is_open or says_size):
+            problems.append("--preprocess: there are no pictures (--data DIR), and the sides say what size they take")
     if problems:
         raise UsageError("these say nothing about what is compared", problems=problems)
 
@@ -130,11 +138,9 @@ def _side(name: str, label: str, said: Said) -> Side:
     path = Path(name)
     if not path.exists():
         return _network(name, label, said)
-    folder = path.parent if path.is_file() else path
-    if (folder / MANIFEST).is_file():
-        found = read_artifact(folder)
-        if path in (folder, found.path):
-            return _ours(found, name, label, said)
+    found = read_artifact(path) if (path / MANIFEST).is_file() else artifact_of(path)
+    if found is not None:
+        return _ours(found, name, label, said)
     if path.is_dir():
         raise UsageError(f"{label}: {printable(name)} is a folder with no manifest", why=_inside(path), fix="name what is in it")
     if path.suffix == ".onnx":
@@ -159,6 +165,10 @@ def _is_comparable(folder: Path) -> bool:
 def _ours(found: Artifact, name: str, label: str, said: Said) -> Side:
     if found.format not in _COMPARED:
         raise UsageError(f"{label}: {printable(name)} is a {found.format.value}, which answers nothing")
+    if found.format is Format.ENGINE and not runtimes.is_engine(found):
+        raise UsageError(f"{label}: {printable(name)} is an engine of no runtime that is known here")
+    if found.format is Format.TORCHSCRIPT:
+        _check_trust(name, label, said)
     literal = label in said.literal
     _refuse_literal(literal and found.format is not Format.ONNX, name, label)
     return Side(
@@ -194,12 +204,18 @@ def _onnx(path: Path, label: str, said: Said) -> Side:
     )
 
 
-def _script(name: str, label: str, said: Said, other: Side | None) -> Side:
+def _check_trust(name: str, label: str, said: Said) -> None:
     if not said.trust:
-        why = "loading TorchScript runs the program in it"
-        raise UsageError(
-            f"{label}: {printable(name)} is TorchScript from elsewhere", why=why, fix="--trust, if you know its maker"
-        )
+        why = "loading it runs the program in it, whatever stands in a manifest beside it"
+        raise UsageError(f"{label}: {printable(name)} is TorchScript", why=why, fix="--trust, if you know its maker")
+
+
+def _script(name: str, label: str, said: Said, other: Side | None) -> Side:
+    if not _has_program(Path(name)):
+        why = "there is no program in it: a checkpoint has weights alone"
+        fix = "name the network, such as resnet18 or FILE.py:factory, and its checkpoint with --weights FILE"
+        raise UsageError(f"{label}: {printable(name)} is no TorchScript that can be loaded", why=why, fix=fix)
+    _check_trust(name, label, said)
     _refuse_literal(label in said.literal, name, label)
     inputs = () if other is None else tuple(replace(other.canonical(spec), name="input") for spec in other.inputs)
     given = given_preprocess(said)
@@ -282,7 +298,16 @@ def _refuse_literal(is_meaningless: bool, name: str, label: str) -> None:
 
 def _is_script(name: str) -> bool:
     path = Path(name)
-    return path.is_file() and path.suffix in _SCRIPTS and not (path.parent / MANIFEST).is_file()
+    return path.is_file() and path.suffix in _SCRIPTS and artifact_of(path) is None
+
+
+def _has_program(path: Path) -> bool:
+    """Whether it is a zip with a folder `code`, which torch.jit.save writes and torch.save does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _kind(found: Artifact, literal: bool) -> str:
@@ -297,7 +322,8 @@ def _opener(found: Artifact, literal: bool) -> Callable[[int], Session]:
     if found.format is Format.TORCHSCRIPT:
         return lambda threads: TorchThreads(torchscript.load(found), threads)
     if found.format is Format.ENGINE:
-        runtime, key = runtimes.get(str(found.facts["runtime"])), _THREADS[str(found.facts["runtime"])]
+        name = str(found.facts["runtime"])
+        runtime, key = runtimes.get(name), runtimes.REGISTRY[name].threads
         return lambda threads: runtime.load(replace(found, settings={**found.settings, key: threads}) if threads else found)
     if literal:
         return lambda threads: onnxruntime.reference(found.path, threads=threads)

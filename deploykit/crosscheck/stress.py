@@ -28,12 +28,16 @@ Arrays = Sequence[NDArray[np.floating]]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of input and what became of it; `side` is empty where both are compared. No verdict: it means nothing here."""
+    """One kind of input and what became of it; `side` is empty where both are compared. No verdict: it means nothing here.
+
+    `is_own_check` marks what deploykit itself refuses before a side sees it: true of deploykit, and no gate on a side.
+    """
 
     kind: str
     side: str
     verdict: Verdict | None
     reason: str
+    is_own_check: bool = False
 
 
 def generated(pairs: Pairs, how: Preprocess | None) -> dict[str, list[NDArray[np.floating]]]:
@@ -58,7 +62,7 @@ def run(
     progress: Progress,
 ) -> list[Row]:
     """Every kind: generated inputs on both sides against each other, and what each side makes of batches, repetition, thread
-    counts, and of arrays that it has to refuse."""
+    counts; and whether deploykit refuses the arrays that a runtime would mis-read."""
     rows: list[Row] = []
     made = generated(pairs, how)
     checks: list[Callable[[], Row]] = [partial(_both, kind, sides, sessions, pairs, made[kind], limit) for kind in made]
@@ -122,13 +126,13 @@ def _threads(side: Side, _session: Session, pairs: Pairs, inputs: Arrays) -> Row
 def _not_contiguous(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:
     tensors = _one_run(side, pairs, inputs)
     strided = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in tensors.items()}
-    return _refused("a non-contiguous input", side, session, strided, runtimes.run(session, tensors))
+    return _refused("deploykit's own check of a non-contiguous input", side, session, strided, runtimes.run(session, tensors))
 
 
 def _mistyped(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:
     tensors = _one_run(side, pairs, inputs)
     wrong = {name: array.astype(_WRONG[array.dtype.name]) for name, array in tensors.items()}
-    return _refused("a mis-typed input", side, session, wrong, runtimes.run(session, tensors))
+    return _refused("deploykit's own check of a mis-typed input", side, session, wrong, runtimes.run(session, tensors))
 
 
 def _refused(kind: str, side: Side, session: Session, wrong: Tensors, right: Tensors) -> Row:
@@ -136,9 +140,10 @@ def _refused(kind: str, side: Side, session: Session, wrong: Tensors, right: Ten
     try:
         answered = runtimes.run(session, wrong)
     except UsageError as error:
-        return Row(kind, side.label, Verdict.PASS, f"refused: {(error.problems or (error.what,))[0]}")
+        return Row(kind, side.label, Verdict.PASS, f"refused: {(error.problems or (error.what,))[0]}", is_own_check=True)
     same = all(np.array_equal(answered[name], right[name], equal_nan=True) for name in right)
-    return Row(kind, side.label, Verdict.PASS if same else Verdict.FAIL, "read as it is" if same else "mis-read, and answered")
+    told = "read as it is" if same else "mis-read, and answered"
+    return Row(kind, side.label, Verdict.PASS if same else Verdict.FAIL, told, is_own_check=True)
 
 
 def _near(kind: str, side: Side, actual: Arrays, wanted: Arrays) -> Row:

@@ -59,8 +59,9 @@ class Kept:
 @dataclass(frozen=True)
 class Search:
     """What was found out about a plan: SQNR at the output in dB as it was asked for, with everything in int8, and as decided;
-    the layers that were kept in float for it; the activations that no int8 layer reads any more because of that; the noise of
-    everything alone, None where there was no need for a sweep."""
+    the layers that were kept in float for it, the last `for_gate` of them because the gate's own images asked for it; the
+    activations that no int8 layer reads any more because of that; the noise of everything alone, None where there was no need
+    for a sweep."""
 
     wanted_db: float | None = None
     before_db: float | None = None
@@ -68,6 +69,7 @@ class Search:
     kept: tuple[Kept, ...] = ()
     spared: tuple[str, ...] = ()
     errors: Errors | None = None
+    for_gate: int = 0
 
 
 def search(
@@ -148,7 +150,8 @@ def search_for_gate(
         few, enough = (few, middle) if passes(ladder[:middle]) is Verdict.PASS else (middle, enough)
     kept = tuple(ladder[:enough]) if enough > len(found.kept) else found.kept
     measured = _Measured(model, rules, ranges, always, images, rounded)
-    return replace(found, after_db=measured.sqnr_db(kept), kept=kept, spared=measured.spared(kept), errors=errors)
+    ratio, more = measured.sqnr_db(kept), len(kept) - len(found.kept)
+    return replace(found, after_db=ratio, kept=kept, spared=measured.spared(kept), errors=errors, for_gate=more)
 
 
 @dataclass(frozen=True)

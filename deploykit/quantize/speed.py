@@ -42,18 +42,20 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Race:
-    """Median latency in nanoseconds of each engine, over fresh processes in random order; `floor` is the ratio minus one that
-    one of them shows against itself."""
+    """Median latency in nanoseconds of each engine, over fresh processes in random order, and its 95 % interval; `floor` is the
+    ratio minus one that one of them shows against itself."""
 
     ns: Mapping[str, float]
     floor: float
+    intervals: Mapping[str, tuple[float, float]]
 
     @property
     def winner(self) -> str:
-        """The fastest; an earlier one unless a later one is faster by more than the noise floor."""
+        """The fastest; an earlier one unless a later one is faster by more than the noise floor, and surely."""
         best = next(iter(self.ns))
         for name, ns in self.ns.items():
-            if ns * (1 + self.floor) < self.ns[best]:
+            surely = self.intervals[name][1] < self.intervals[best][0]
+            if surely and ns * (1 + self.floor) < self.ns[best]:
                 best = name
         return best
 

@@ -15,6 +15,8 @@ from deploykit.report.summary import Gate, Status, Summary, visible
 
 # What could not be told is no failure of the network, and must not look like a pass either.
 _ELEMENTS = {Status.ERROR: "error", Status.FAIL: "failure", Status.CANNOT_TELL: "error", Status.NOT_JUDGED: "skipped"}
+# How every file of ours begins, by which it is told from what is not ours to replace.
+OPENING = b"<?xml version='1.0' encoding='utf-8'?>\n<testsuites name=\"deploykit\""
 _MEASURED = re.compile(r" \([^()]*\)$")
 
 

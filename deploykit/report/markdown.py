@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from deploykit.report.summary import Status, Summary, Table, visible
 
+# How every page of ours begins, by which it is told from what is not ours to replace.
+OPENING = "## deploykit "
 _MARKS = {
     Status.PASS: "PASS",
     Status.FAIL: "FAIL",
@@ -31,7 +33,7 @@ def escape(text: str) -> str:
 
 
 def _lines(summary: Summary) -> Iterator[str]:
-    yield f"## deploykit {escape(summary.name)}: {_MARKS[summary.status]}"
+    yield f"{OPENING}{escape(summary.name)}: {_MARKS[summary.status]}"
     counts = {status: sum(gate.status is status for gate in summary.gates) for status in Status}
     yield ""
     yield ", ".join(f"{count} {status.value}" for status, count in counts.items() if count)

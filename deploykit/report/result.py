@@ -89,6 +89,8 @@ def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: 
     for engine in engines:
         if engine.model.precision is Precision.INT8 and engine.realised is not None:
             lines.append(f"{engine.runtime} int8 {engine.realised.int8}/{len(engine.realised.layers)}")
+            if not engine.realised.int8:
+                lines.append(f"{engine.label} has no layer in int8: it is the float network under this name")
     for case in compared["parity"]:
         if case["precision"] == Precision.INT8.value:
             decided = f"{case['disagreement_count']} of {case['images']} images decided otherwise than FP32 PyTorch"

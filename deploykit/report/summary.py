@@ -127,12 +127,13 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
         (str(flip["image"]), str(flip["a"]), str(flip["b"]), "" if flip["label"] is None else str(flip["label"]))
         for flip in (found["decisions"] or {}).get("disagreements", ())
     ]
-    lines = [f"{image}: {a} became {b}" for image, a, b, _ in flips]
+    unlisted = _unlisted([found["decisions"]] if found["decisions"] else [])
+    lines = tuple(_cut([f"{image}: {a} became {b}" for image, a, b, _ in flips], unlisted))
     return Summary(
         name="parity",
         gates=tuple(_gate(gate, "", share, lines if _rule_in(gate["rule"]) else ()) for gate in found["gates"]),
         seconds=seconds,
-        tables=_filled(_first("Images decided otherwise", ("image", "A", "B", "label"), iter(flips))),
+        tables=_filled(_first("Images decided otherwise", ("image", "A", "B", "label"), iter(flips), unlisted)),
         notes=tuple(found["notes"]),
         facts={**{side["label"]: f"{side['name']}, {side['kind']}" for side in found["sides"]}, **_machine(found["machine"])},
     )
@@ -190,23 +191,33 @@ def _details(result: Result, gate: str) -> Iterator[str]:
     """What is to blame on the engine that a gate is about: flipped images, where a rule was about them, and layers in float."""
     if _stage_of(gate) == "benchmark":
         return
-    flips = [] if _rule_in(gate) is None else [flip for flip in _flipped(result) if _is_on(flip[0], gate)]
-    lines = [f"{image}: {reference} became {here}" for _, image, reference, here, _ in flips]
+    cases = [] if _rule_in(gate) is None else [case for case in result["parity"] if _is_on(case["label"], gate)]
+    lines = [f"{image}: {reference} became {here}" for _, image, reference, here, _ in _flipped(cases)]
     for label, layer, operator, precision, why in _in_float(result):
         if _is_on(label, gate):
             lines.append(f"{layer} ({operator}) runs in {precision}{f': {why}' * bool(why)}")
+    yield from _cut(lines, _unlisted(cases))
+
+
+def _cut(lines: Sequence[str], unlisted: int) -> Iterator[str]:
+    """As many lines as a page holds, and how many more there are; `unlisted` of them have been left out before."""
     yield from lines[:_LISTED]
-    if len(lines) > _LISTED:
-        yield f"and {len(lines) - _LISTED} more"
+    if more := unlisted + max(0, len(lines) - _LISTED):
+        yield f"and {more} more"
+
+
+def _unlisted(compared: Iterable[Mapping[str, Any]]) -> int:
+    """How many decided otherwise that a result counts and does not name."""
+    return sum(one["disagreement_count"] - len(one["disagreements"]) for one in compared)
 
 
 def _is_on(label: str, rule: str) -> bool:
     return rule.startswith(f"{label}: ")
 
 
-def _flipped(result: Result) -> Iterator[tuple[str, ...]]:
+def _flipped(cases: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     """(what answered, image, answer of FP32 PyTorch, its own answer, label) of every image that is decided otherwise."""
-    for case in result["parity"]:
+    for case in cases:
         for flip in case["disagreements"]:
             label = "" if flip["label"] is None else str(flip["label"])
             yield case["label"], str(flip["image"]), str(flip["reference"]), str(flip["engine"]), label
@@ -222,17 +233,22 @@ def _in_float(result: Result) -> Iterator[tuple[str, ...]]:
 
 
 def _flips(result: Result) -> Table:
-    return _first("Images decided otherwise", ("", "image", "FP32 PyTorch", "here", "label"), _flipped(result))
+    return _first(
+        "Images decided otherwise",
+        ("", "image", "FP32 PyTorch", "here", "label"),
+        _flipped(result["parity"]),
+        _unlisted(result["parity"]),
+    )
 
 
 def _floats(result: Result) -> Table:
     return _first("Layers that do not run in int8", ("engine", "layer", "operator", "precision", "why"), _in_float(result))
 
 
-def _first(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
+def _first(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]], unlisted: int = 0) -> Table:
     listed = tuple(islice(rows, _LISTED))
-    more = sum(1 for _ in rows)
-    return Table(f"{title} (the first {_LISTED} of {_LISTED + more})" if more else title, columns, listed)
+    more = unlisted + sum(1 for _ in rows)
+    return Table(f"{title} (the first {len(listed)} of {len(listed) + more})" if more else title, columns, listed)
 
 
 def _compared(result: Result) -> Table:

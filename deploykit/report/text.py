@@ -157,6 +157,8 @@ def _two_sides(result: Mapping[str, Any]) -> str:
     for output in result["outputs"]:
         numbers = [output[key] for key in ("max_abs", "mean_abs", "relative", "mean_relative")]
         told = ["not finite" if number is None else f"{number:.2e}" for number in numbers]
+        if output["mean_relative"] is None and output["max_abs"] is not None:
+            told[-1] = "none"  # A is 0 everywhere
         cosine = "" if output["cosine"] is None else f"{output['cosine']:.6f}"
         outputs.add_row(output["names"][0], *told, cosine, _decibels(output))
     machine, fed = result["machine"], result["fed"]
@@ -164,6 +166,7 @@ def _two_sides(result: Mapping[str, Any]) -> str:
     parts += [f"differences of {output['names'][0]}: {_histogram(output)}" for output in result["outputs"]]
     parts += _decided(result["decisions"]) if result["decisions"] else []
     parts += [f"note: {note}" for note in result["notes"]]
+    parts += [f"{row['kind']} for {row['side']}: {row['reason']}" for row in result["stress"] if row["is_own_check"]]
     parts.append(_gates(result["gates"]))
     parts.append(f"{units.plural(fed['images'], 'input')}: {fed['origin']}")
     parts.append(f"on {machine['cpu']} ({', '.join(machine['features']) or 'no CPU feature that decides about int8'})")

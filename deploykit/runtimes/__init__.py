@@ -16,7 +16,7 @@ from typing import Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.artifact import Artifact, Samples, Tensors
+from deploykit.artifact import Artifact, Format, Samples, Tensors
 from deploykit.errors import CapabilityError, UsageError
 from deploykit.machine import cpu_features, has_int8_dot_product, installed_version
 
@@ -142,7 +142,8 @@ class Entry:
     """One registered runtime: its module (None: deploykit writes its graphs but does not drive it), its package, what to do
     when it is missing, and its quantization rules (None: no INT8). `on_cpu` says whether INT8 depends on the CPU;
     `signed_on_arm64`, whether its kernels for ARM's int8 dot product multiply signed by signed and do less with signed
-    activations; `profiles`, whether its module says what each kernel takes (`ProfilingRuntime`)."""
+    activations; `profiles`, whether its module says what each kernel takes (`ProfilingRuntime`); `threads`, what the settings of
+    its engines call the number of threads."""
 
     module: str | None
     package: str
@@ -151,6 +152,7 @@ class Entry:
     on_cpu: bool = True
     signed_on_arm64: bool = False
     profiles: bool = False
+    threads: str = "intra_op_num_threads"
 
 
 REGISTRY: Mapping[str, Entry] = {
@@ -171,6 +173,7 @@ REGISTRY: Mapping[str, Entry] = {
         "openvino",
         "pip install 'deploykit[openvino]'",
         QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=False, float_results=True),
+        threads="INFERENCE_NUM_THREADS",
     ),
     # No module yet: deploykit writes the graph and the reference answers, and trtexec builds the engine on the device.
     # TensorRT refuses uint8 data, asymmetric zero points and a DequantizeLinear on an int32 bias (onnx-tensorrt #850).
@@ -222,6 +225,20 @@ def get(name: str) -> Runtime:
         return cast(Runtime, importlib.import_module(entry.module))
     except ImportError as error:
         raise CapabilityError(f"{name} does not load on this machine", why=str(error), fix=entry.install) from error
+
+
+def is_engine(artifact: Artifact) -> bool:
+    """Whether it is an engine of a runtime that deploykit drives: a manifest from elsewhere may say anything."""
+    entry = REGISTRY.get(str(artifact.facts.get("runtime")))
+    is_driven = entry is not None and entry.module is not None and entry.rules is not None
+    return artifact.format is Format.ENGINE and is_driven
+
+
+def threads_of(engine: Artifact) -> int | None:
+    """How many threads an engine was built to use; None for what is no engine of a known runtime."""
+    entry = REGISTRY.get(str(engine.facts.get("runtime")))
+    threads = None if entry is None else engine.settings.get(entry.threads)
+    return threads if isinstance(threads, int) else None
 
 
 def why_not(name: str, cpu: Cpu = "this") -> str:

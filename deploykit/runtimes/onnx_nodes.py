@@ -17,6 +17,7 @@ from deploykit.artifact import Artifact, Precision
 from deploykit.errors import UsageError, printable
 
 LAYERS = ("Conv", "Gemm", "MatMul")
+MODULE_KEY = "deploykit.module"  # of a node's metadata: the PyTorch module that it came from
 
 
 @dataclass(frozen=True)

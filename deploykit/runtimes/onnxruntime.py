@@ -39,6 +39,7 @@ SETTINGS = "session.json"
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(double)": "float64",
     "tensor(uint8)": "uint8",
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",

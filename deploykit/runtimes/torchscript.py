@@ -60,7 +60,7 @@ def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
 
 
 def load(model: Artifact) -> TorchScriptSession:
-    """Open a TorchScript artifact. Loading one runs the program in it, so only our own, digest-checked files come here."""
+    """Open a TorchScript file. Loading one runs the program in it: only what this run made and what the user trusts come here."""
     with _without_deprecation():
         module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
     return TorchScriptSession(module, model.inputs, model.outputs)
