@@ -328,7 +328,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.build.keep == "fastest" and not recipe.benchmark.enabled:
         yield 'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false'
     if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not {*recipe.build.runtimes} - {"tensorrt"}):
-        yield 'build.keep = "fastest" chooses among CPU engines: set build.runtimes, and build.engine to "auto" or "require"'
+        yield 'build.keep = "fastest" chooses among CPU engines: set build.runtimes, build.engine "auto" or "require"'
     if recipe.data.name is not None:
         for key in ("train", "calibrate", "validate"):
             if getattr(recipe.data, key) is not None:

@@ -393,7 +393,7 @@ class TestContradictions:
             *(
                 (
                     {"build": {"keep": "fastest", **nothing_to_choose_from}},
-                    'build.keep = "fastest" chooses among CPU engines: set build.runtimes, and build.engine to "auto" or "require"',
+                    'build.keep = "fastest" chooses among CPU engines: set build.runtimes, build.engine "auto" or "require"',
                 )
                 for nothing_to_choose_from in ({"engine": "skip"}, {"runtimes": []})
             ),
