@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -520,12 +520,7 @@ def _named(option: str) -> Path | None:
 def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:
     """The rules on the command line. Raises UsageError with every one that is none, or is not one of time."""
     texts = [*gates, *([f"slowdown <= {fail_on.strip().removesuffix('%')} %"] if fail_on is not None else [])]
-    rules, problems = [], []
-    for text in texts:
-        try:
-            rules.append(parse_rule(text))
-        except ValueError as error:
-            problems.append(str(error))
+    rules, problems = _parsed(texts)
     problems += [f"'{rule}' is about answers; `deploykit run` judges it" for rule in rules if not rule.is_of_time]
     if problems:
         raise UsageError("these are no rules of time", problems=problems, fix="--gate 'latency <= 5 ms' --fail-on 5%")
@@ -581,15 +576,21 @@ def _layouts(texts: tuple[str, ...]) -> dict[str, Any]:
 
 def _rules(texts: tuple[str, ...]) -> list[Rule]:
     """The rules on the command line. Raises UsageError with every one that is none."""
+    rules, problems = _parsed(texts)
+    if problems:
+        raise UsageError("these are no gate rules", problems=problems)
+    return rules
+
+
+def _parsed(texts: Iterable[str]) -> tuple[list[Rule], list[str]]:
+    """The rules, and what is wrong with each text that is none."""
     rules, problems = [], []
     for text in texts:
         try:
             rules.append(parse_rule(text))
         except ValueError as error:
             problems.append(str(error))
-    if problems:
-        raise UsageError("these are no gate rules", problems=problems)
-    return rules
+    return rules, problems
 
 
 def _lint(path: Path, runtime: str, as_json: bool) -> int:
