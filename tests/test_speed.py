@@ -438,3 +438,10 @@ def test_the_plan_of_a_graph_does_not_change_when_its_kernels_are_weighed(portab
 
     assert ir.to_proto(model).SerializeToString() == before
     insert(model, decided, dict.fromkeys(decided.uses, Range(-1, 1)), RULES)
+
+
+def test_a_layer_that_is_kept_by_name_may_have_brackets_in_it():
+    graph = graph_of(["[a] x1 = Conv(x0, w)", "[b] x2 = Conv(x1, w)"], "x2")
+    next(node for node in graph if node.name == "a").name = "block[0]/Conv"
+
+    assert place.claimed(place.plan(graph, RULES, ["block[0]/Conv"])) == ["b"]
