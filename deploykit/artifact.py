@@ -69,7 +69,9 @@ class Preprocess:
 
     `resize` is None when the picture is only cropped. `crop` is (height, width) in pixels: the input size. With
     `fit` "stretch" the picture is resized to `crop` and its aspect ratio changes. `mean` and `std` have one value
-    for each channel, in units of the 0..1 scale.
+    for each channel, in units of the 0..1 scale. With `frames` the input is a clip of so many: a still picture becomes one
+    by a crop that moves across it, from one end of its longer side to the other.
+    `feeds` says what a program feeds: normalised floats, or the pixels themselves where scaling and normalising are in the graph.
     """
 
     resize: int | None
@@ -79,11 +81,14 @@ class Preprocess:
     channels: Literal["RGB", "L"] = "RGB"
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     fit: Literal["crop", "stretch"] = "crop"
+    frames: int | None = None
+    feeds: Literal["float", "uint8 NHWC", "uint8 NCHW"] = "float"
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one network input."""
-        return (len(self.channels), *self.crop)
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one network input; with frames, (channels, frames, height, width)."""
+        frames = () if self.frames is None else (self.frames,)
+        return (len(self.channels), *frames, *self.crop)
 
 
 @dataclass(frozen=True)
@@ -245,9 +250,9 @@ def read_artifact(folder: Path) -> Artifact:
             classes=tuple(content["classes"]),
             sha256=content["sha256"],
             parents=tuple(content["parents"]),
-            settings=content["settings"],
-            tools=content["tools"],
-            facts=content["facts"],
+            settings=_object(content, "settings"),
+            tools=_object(content, "tools"),
+            facts=_object(content, "facts"),
             machine=None if content["machine"] is None else Machine.from_json(content["machine"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
@@ -268,6 +273,13 @@ def artifact_of(path: Path) -> Artifact | None:
         return None
     is_ours = isinstance(content, dict) and {"schema", "files", "path"} <= content.keys()
     return read_artifact(path.parent) if is_ours and content["path"] == path.name else None
+
+
+def _object(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = content[key]
+    if not isinstance(found, dict):
+        raise TypeError(f"{key} is {str(found)[:40]!r}, not an object")
+    return found
 
 
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:

@@ -215,6 +215,11 @@ class TestDamage:
     def test_a_manifest_with_a_value_of_another_kind_is_refused(self, made, key, value):
         refused(edited(made, lambda content: content.update({key: value})))
 
+    @pytest.mark.parametrize("value", [None, 5, "text", [1]])
+    @pytest.mark.parametrize("key", ["settings", "tools", "facts"])
+    def test_a_manifest_with_a_list_where_facts_belong_is_refused(self, made, key, value):
+        assert f"TypeError: {key} is" in refused(edited(made, lambda content: content.update({key: value})))
+
     def test_a_newer_manifest_asks_for_a_newer_deploykit(self, made):
         message = refused(edited(made, lambda content: content.update(schema=2)))
 

@@ -22,7 +22,7 @@ from deploykit.artifact import Artifact
 from deploykit.quantize import observe, place
 from deploykit.quantize.insert import activation_parameters, insert, largest_weight, quantized_weights
 from deploykit.quantize.ranges import Range, minmax
-from deploykit.quantize.rounding import NEAREST, Rounded, descend, put, rounded, windows_of
+from deploykit.quantize.rounding import NEAREST, Rounded, descend, images_at_once, put, rounded, windows_of
 from deploykit.recipe import QuantizeTable
 from deploykit.runtimes import QdqRules, onnxruntime
 
@@ -236,6 +236,13 @@ def test_windows_times_weights_are_what_onnx_runtime_computes(kernel, strides, d
 
     answers = np.einsum("nijckl,ockl->noij", windows, weights)
     np.testing.assert_allclose(answers, answered(model, image), atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "images"), [(8, 8), (1024, 8), (2048, 4), (4096, 1), (16384, 1)])
+def test_large_activations_are_looked_at_in_fewer_images_at_once(side, images):
+    four = [ir.Value(name=f"x{index}", shape=ir.Shape(["batch", 1, side, side])) for index in range(4)]
+
+    assert images_at_once(four) == images
 
 
 @pytest.mark.parametrize("runtime", BOTH)

@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch import nn
 
-from deploykit import data, pipeline, runtimes
+from deploykit import data, pipeline, quantize, runtimes
 from deploykit import recipe as recipes
 from deploykit.artifact import Artifact, Preprocess, read_artifact
 from deploykit.gate import Verdict
 from deploykit.quantize import observe, place, sensitivity
+from deploykit.quantize.fallback import Case, Kept, Search, keep_float, search, search_for_gate
 from deploykit.quantize.insert import activation_parameters
 from deploykit.quantize.ranges import QuantParameters, Range, minmax
-from deploykit.quantize.sensitivity import Errors, Kept, Search, decibels, keep_float, search_for_gate
+from deploykit.quantize.sensitivity import Errors, decibels
 from deploykit.quantize.speed import Costs
 from deploykit.recipe import QuantizeTable
 from deploykit.report import text
@@ -67,7 +68,10 @@ class Subject:
         return sensitivity.sweep(model, decided, self.parameters, self.rules, self.pictures)
 
     def search(self, **table: Any) -> Search:
-        return sensitivity.search(self.model, self.rules, self.ranges, QuantizeTable(**table), self.pictures)
+        return search(self.case(QuantizeTable(**table)))
+
+    def case(self, table: QuantizeTable) -> Case:
+        return Case(self.model, self.rules, self.ranges, table, self.pictures)
 
 
 class Transposed(nn.Module):
@@ -378,7 +382,7 @@ class TestTheSearch:
         model = case.model
         before = ir.to_proto(model).SerializeToString()
 
-        assert sensitivity.search(model, case.rules, case.ranges, QuantizeTable(), case.pictures).kept
+        assert search(Case(model, case.rules, case.ranges, QuantizeTable(), case.pictures)).kept
 
         assert ir.to_proto(model).SerializeToString() == before
 
@@ -415,7 +419,7 @@ class TestTheSearch:
         assert found.after_db >= wanted
 
     def test_keeps_nothing_that_gains_nothing(self, planted, runtime, monkeypatch):
-        monkeypatch.setattr(sensitivity, "_sqnr_db", lambda *_: 14.0)  # whatever stays in float
+        monkeypatch.setattr(Case, "sqnr_db", lambda *_: 14.0)  # whatever stays in float
 
         found = planted(runtime).search()
 
@@ -515,7 +519,7 @@ class TestTheSearchForTheGate:
 
     def found(self, case: Subject, passes: Callable[[Sequence[Kept]], Verdict], table: QuantizeTable = ALL) -> Search:
         before = case.search(target_sqnr_db=0)
-        return search_for_gate(case.model, case.rules, case.ranges, table, case.pictures, before, passes)
+        return search_for_gate(case.case(table), before, passes)
 
     def ladder(self, case: Subject) -> list[Kept]:
         errors = case.search(sensitivity=True).errors
@@ -550,7 +554,7 @@ class TestTheSearchForTheGate:
             asked.append([step.layer for step in kept])
             return Verdict.PASS if len(kept) >= 2 else Verdict.FAIL
 
-        found = search_for_gate(case.model, case.rules, case.ranges, self.ALL, case.pictures, case.search(), passes)
+        found = search_for_gate(case.case(self.ALL), case.search(), passes)
 
         assert asked[0] == ["middle"]
         assert [len(layers) for layers in asked] == [1, 3, 2]
@@ -694,8 +698,7 @@ class TestAWholeRun:
         run = shutil.copytree(saved[1], tmp_path / "run")
         shutil.rmtree(run / "quantize-tensorrt")
         seen: list[np.ndarray] = []
-        search = sensitivity.search
-        monkeypatch.setattr(sensitivity, "search", lambda *a, **options: seen.append(a[4]) or search(*a, **options))
+        monkeypatch.setattr(quantize, "search", lambda case, **options: seen.append(case.images) or search(case, **options))
         monkeypatch.setattr(pipeline, "_PROBED", 4)
 
         pipeline.run(recipes.load(run / "recipe.toml"), run)

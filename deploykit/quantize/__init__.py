@@ -6,11 +6,12 @@ never runs the images again.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import assert_never
+from typing import assert_never, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -22,11 +23,11 @@ from deploykit.errors import UsageError
 from deploykit.gate import Verdict
 from deploykit.jsonable import to_json
 from deploykit.progress import Progress, silent
-from deploykit.quantize import observe, optimal, place, ranges, rounding, sensitivity
+from deploykit.quantize import observe, optimal, place, ranges, rounding
+from deploykit.quantize.fallback import Case, Kept, Search, search, search_for_gate
 from deploykit.quantize.histogram import Histogram
 from deploykit.quantize.inputs import Inputs
 from deploykit.quantize.ranges import Range
-from deploykit.quantize.sensitivity import Kept, Search
 from deploykit.quantize.speed import Costs, Stopwatch
 from deploykit.quantize.trials import Calibrated, Candidate, Trials, float_graph, too_sensitive
 from deploykit.recipe import QuantizeTable
@@ -50,14 +51,14 @@ def calibrate(
     """
     graph = float_graph(model).graph
     known = [entry.rules for entry in runtimes.REGISTRY.values() if entry.rules is not None]
-    tensors = place.tensors(graph, known)
+    tensors = place.tensors(graph, known, cast(Sequence[str], model.facts.get("heads", ())))
     if not tensors:
         raise UsageError(
             f"{model.facts.get('model')} has nothing to quantize", why="no Conv, Gemm or MatMul has constant weights"
         )
     fixed = None if _is_dynamic(model) else int(model.inputs[0].shape[0])
-    lanes, size = observe.lanes_and_batch(bytes_for_one_image(graph, tensors), fixed)
-    inputs = Inputs(names)
+    lanes, size = observe.lanes_and_batch(bytes_for_one_image(graph, tensors, max(model.preprocess.crop)), fixed)
+    inputs = Inputs(names, model.preprocess)
     seen = observe.observe(model.path, tensors, inputs.passing(batches(size)), total=images, lanes=lanes, progress=progress)
     observe.save(seen, folder / OBSERVATIONS)
     return replace(
@@ -98,18 +99,17 @@ def quantize(
     with tempfile.TemporaryDirectory() as scratch:
         trials = Trials(calibrated, Path(scratch))
         costs = None if stopwatch is None else trials.costs(stopwatch)
-        search = Search() if some is None else _searched(trials, some, judge, costs, progress)
-        floats = too_sensitive(search.kept)
+        found = Search() if some is None else _searched(trials, some, judge, costs, progress)
+        floats = too_sensitive(found.kept)
         candidates: list[Candidate] = []
         if stopwatch is not None:
             floats, candidates = trials.fastest(floats, costs, stopwatch)
-        if some is not None and len(floats) > len(search.kept):
-            always = [*settings.float_layers, *floats]
-            case = (float_graph(model), calibrated.rules, calibrated.ranges, some, always, calibrated.rounded)
-            search = replace(search, after_db=sensitivity.shipped_db(*case))
+        if some is not None and len(floats) > len(found.kept):
+            shipped = replace(settings, float_layers=(*settings.float_layers, *floats))
+            found = replace(found, after_db=replace(_case(calibrated, some, costs), settings=shipped).sqnr_db())
     made = calibrated.write(floats, folder)
     weighed = [to_json(candidate) for candidate in candidates]
-    return replace(made, facts={**made.facts, "search": to_json(search), "candidates": weighed})
+    return replace(made, facts={**made.facts, "search": to_json(found), "candidates": weighed})
 
 
 def _calibrated(
@@ -145,16 +145,19 @@ def _searched(
     progress: Progress,
 ) -> Search:
     """Which layers stay in float for the noise that `settings` allow, and for the gate."""
-    of = trials.calibrated
-    case = (float_graph(of.model), of.rules, of.ranges, of.settings, images)
-    found = sensitivity.search(*case, rounded=of.rounded, costs=costs, progress=progress)
+    case = _case(trials.calibrated, images, costs)
+    found = search(case, progress=progress)
     if judge is None:
         return found
 
     def passes(kept: Sequence[Kept]) -> Verdict:
         return judge(trials.made(too_sensitive(kept)))
 
-    return sensitivity.search_for_gate(*case, found, passes, rounded=of.rounded, costs=costs, progress=progress)
+    return search_for_gate(case, found, passes, progress=progress)
+
+
+def _case(of: Calibrated, images: NDArray[np.float32], costs: Costs | None) -> Case:
+    return Case(float_graph(of.model), of.rules, of.ranges, of.settings, images, of.rounded, costs)
 
 
 def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) -> Range:
@@ -171,10 +174,16 @@ def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) 
             assert_never(settings.method)
 
 
-def bytes_for_one_image(graph: ir.Graph, names: Sequence[str]) -> dict[str, int]:
-    """How much memory each of the tensors takes for one image, as float32."""
+def bytes_for_one_image(graph: ir.Graph, names: Sequence[str], open_size: int = 1) -> dict[str, int]:
+    """How much memory each of the tensors takes for one image, as float32; an open height or width counts as `open_size`."""
     shapes = {value.name: value.shape for value in (*graph.inputs, *(out for node in graph for out in node.outputs))}
-    return {name: 4 * int(np.prod([size for size in (shapes[name] or ()) if isinstance(size, int)] or [1])) for name in names}
+
+    def count(size: int | ir.SymbolicDim) -> int:
+        if isinstance(size, int):
+            return size
+        return open_size if size.value is None or "height" in size.value or "width" in size.value else 1
+
+    return {name: 4 * math.prod(map(count, shapes[name] or ())) for name in names}
 
 
 def _is_dynamic(model: Artifact) -> bool:

@@ -28,6 +28,7 @@ from deploykit.quantize import observe
 from deploykit.quantize.inputs import Inputs
 from deploykit.quantize.pairs import Floats, Pair, as_read, pairs, scale, tensor_read, weights_by_input
 from deploykit.runtimes import onnxruntime, padded
+from deploykit.runtimes.onnx_nodes import require_one_file
 
 IMAGES = 64
 # Five well trained networks were predicted to gain up to 2.6 dB and gained nothing; see docs/decisions.md.
@@ -76,10 +77,15 @@ def equalize(
     """
     if model.format is not Format.ONNX or model.precision is not Precision.FP32:
         raise UsageError(f"only an FP32 ONNX artifact can be equalized, not {model.precision.value} {model.format.value}")
+    require_one_file(model.path)
     graph = ir.load(model.path)
     found = pairs(graph.graph)
     total = IMAGES if names is None else min(IMAGES, len(names))
-    seen = _observe(model, found, lambda size: Inputs(names).passing(batches(size)), progress, total) if found else {}
+    seen = (
+        _observe(model, found, lambda size: Inputs(names, model.preprocess).passing(batches(size)), progress, total)
+        if found
+        else {}
+    )
     # Once for each pair, in any order: what is observed does not depend on the factors of other pairs, and nor does a ratio
     # of noise to signal, because those of the next tensor scale both alike.
     chosen = [choice for pair in found if (choice := best(pair, seen)).gain_db >= least_gain_db]

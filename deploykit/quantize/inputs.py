@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.artifact import Preprocess
+from deploykit.data.pictures import normalised
 from deploykit.errors import DataError
 
 FEW = 32
@@ -31,9 +33,11 @@ class Inputs:
     """What passes on its way into the network: for each image a few numbers, whatever its size.
 
     `names` are the images' names in order; without them images are called by number, the first is 0.
+    `how` says where the images are pixels that the graph itself normalises; they are judged as the network sees them.
     """
 
     names: Sequence[str] | None = None
+    how: Preprocess | None = None
     means: list[NDArray[np.float64]] = field(default_factory=list)
     deviations: list[NDArray[np.float64]] = field(default_factory=list)
     coarse: list[NDArray[np.float64]] = field(default_factory=list)
@@ -46,11 +50,12 @@ class Inputs:
         bad: list[str] = []
         done = 0
         for batch in batches:
-            finite = np.isfinite(batch).all(axis=(1, 2, 3))
+            seen = batch if self.how is None else normalised(batch, self.how)
+            finite = np.isfinite(seen).all(axis=tuple(range(1, seen.ndim)))
             bad += [self._name(done + int(index)) for index in np.flatnonzero(~finite)]
             done += len(batch)
             if not bad:
-                self._add(batch)
+                self._add(seen)
                 yield batch
         if bad:
             raise DataError(

@@ -91,9 +91,9 @@ def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Pl
     return Plan(tuple(layers), _named(uses), {name: groups.root(name) for name in _named(uses)}, frozenset({*int8, *running}))
 
 
-def tensors(graph: ir.Graph, rules: Sequence[QdqRules]) -> list[str]:
-    """The activations whose ranges any of `rules` needs, in graph order."""
-    wanted = {name for rule in rules for name in plan(graph, rule).uses}
+def tensors(graph: ir.Graph, rules: Sequence[QdqRules], keep_float: Sequence[str] = ()) -> list[str]:
+    """The activations whose ranges any of `rules` needs, in graph order, when the layers `keep_float` stay in float."""
+    wanted = {name for rule in rules for name in plan(graph, rule, keep_float).uses}
     order = [value.name for value in graph.inputs] + [value.name for node in graph for value in node.outputs]
     return [name for name in order if name in wanted]
 

@@ -240,8 +240,9 @@ def _rows(model: ir.Model, layers: Sequence[_Layer], images: Floats) -> dict[str
     session = onnxruntime.reference(ir.to_proto(graph).SerializeToString(), optimise=True, arena=False)
     draw, each = np.random.default_rng(0), math.ceil(_ROWS / len(images))
     found: dict[str, list[Floats]] = {layer.name: [] for layer in layers}
-    for start in range(0, len(images), fixed or _BATCH):
-        batch = np.ascontiguousarray(images[start : start + (fixed or _BATCH)])
+    at_once = fixed or images_at_once(inner)
+    for start in range(0, len(images), at_once):
+        batch = np.ascontiguousarray(images[start : start + at_once])
         session.feed({str(source.name): padded(batch, fixed)})
         session.execute()
         values = {str(source.name): batch, **session.views()}
@@ -251,6 +252,12 @@ def _rows(model: ir.Model, layers: Sequence[_Layer], images: Floats) -> dict[str
             found[layer.name].append(_drawn(layer, read, each * len(batch), draw))
     session.close()
     return {name: np.concatenate(rows, axis=1) for name, rows in found.items()}
+
+
+def images_at_once(activations: Sequence[ir.Value]) -> int:
+    """How many images run together: no more than keep these activations within the memory that is meant for them."""
+    size = sum(4 * math.prod(size for size in value.shape or () if isinstance(size, int)) for value in activations)
+    return max(1, min(_BATCH, _BYTES_AT_ONCE // max(1, size)))
 
 
 def _drawn(layer: _Layer, values: Floats, count: int, draw: np.random.Generator) -> Floats:

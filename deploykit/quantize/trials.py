@@ -14,15 +14,17 @@ from deploykit.artifact import SAMPLES, Artifact, Format, Precision, make, read_
 from deploykit.errors import StageError, UsageError
 from deploykit.jsonable import digest, to_json
 from deploykit.quantize import place, rounding, speed
+from deploykit.quantize.fallback import Kept
 from deploykit.quantize.insert import insert
 from deploykit.quantize.ranges import Range
 from deploykit.quantize.rounding import Rounded
-from deploykit.quantize.sensitivity import Kept
 from deploykit.quantize.speed import Costs, Stopwatch
 from deploykit.recipe import QuantizeTable
 from deploykit.runtimes import SLOW, QdqRules, onnxruntime
+from deploykit.runtimes.onnx_nodes import require_one_file
 
 _CLEARLY = 0.8  # of the time in float: kernels that take less need no race
+_WORTH_A_RACE = 0.97  # of the time with every layer in int8: a race of five processes each tells no smaller difference
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,18 @@ class Trials:
         always = [*calibrated.settings.float_layers, *floats]
         decided = place.plan(float_graph(calibrated.model).graph, calibrated.rules, always)
         everything = dict.fromkeys(place.claimed(decided), SLOW)
-        slow = {} if costs is None else dict.fromkeys(speed.slow_layers(decided, costs), SLOW)
+        slow = {} if costs is None else self._slow(decided, costs, always)
         options = {"int8": dict(floats), "int8 where it is faster": {**slow, **floats}, "float": {**everything, **floats}}
         if not slow or slow == everything:
             del options["int8 where it is faster"]
         return options, bool(slow) or costs is None or not _is_clearly_faster(decided, costs)
+
+    def _slow(self, decided: place.Plan, costs: Costs, always: Sequence[str]) -> dict[str, str]:
+        """The layers that the kernels predict to be slower in int8; none where that is too little to be seen."""
+        slow = speed.slow_layers(decided, costs)
+        rest = place.plan(float_graph(self.calibrated.model).graph, self.calibrated.rules, [*always, *slow])
+        gains = costs.predict(rest, decided) < _WORTH_A_RACE * costs.predict(decided, decided)
+        return dict.fromkeys(slow, SLOW) if gains else {}
 
 
 def too_sensitive(kept: Sequence[Kept]) -> dict[str, str]:
@@ -150,6 +159,7 @@ def float_graph(model: Artifact) -> ir.Model:
     """A graph that can be quantized. Raises UsageError when the artifact is none."""
     if model.format is not Format.ONNX or model.precision is not Precision.FP32:
         raise UsageError(f"only an FP32 ONNX artifact can be quantized, not {model.precision.value} {model.format.value}")
+    require_one_file(model.path)
     return ir.load(model.path)
 
 

@@ -13,6 +13,7 @@ import onnx_ir.passes.common
 from numpy.typing import NDArray
 
 from deploykit.errors import UsageError, printable
+from deploykit.intake import door
 from deploykit.quantize import place
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
@@ -62,9 +63,13 @@ def look(model: ir.Model) -> View:
 def load(source: Path | onnx.ModelProto) -> ir.Model:
     """Read a file, or a model that is left as it is. Raises UsageError when it is not ONNX or cannot be read."""
     try:
+        if isinstance(source, Path):
+            door.onnx_file(source)
         model = ir.load(source) if isinstance(source, Path) else ir.from_proto(source)
         if not model.ir_version:
             raise ValueError("it has no IR version, so it is empty or something else")
+    except UsageError:
+        raise
     except Exception as error:  # protobuf and onnx_ir raise classes without a common base for a file that is not ONNX
         what = printable(source) if isinstance(source, Path) else "the model"
         why = f"{type(error).__name__}: {error}"
