@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -47,12 +48,33 @@ def truncate(path: Path) -> Path:
     return path
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A PNG chunk with its length and checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_16_bit(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint16 as a PNG, which Pillow cannot write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_16_bit(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint16 as an uncompressed TIFF of one strip, which Pillow cannot write."""
+    height, width, _ = pixels.shape
+    body = pixels.astype("<u2").tobytes()
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 0), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 1, 0), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, len(body))]
+    after = 8 + 2 + 12 * len(entries) + 4
+    places = {258: after, 273: after + 6}
+    table = b"".join(struct.pack("<HHII", tag, kind, count, places.get(tag, value)) for tag, kind, count, value in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + bytes(4) + struct.pack("<HHH", 16, 16, 16) + body
+
+
 def bomb(path: Path, width: int, height: int) -> Path:
     """A PNG with the header of a large black picture and next to no pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
     return path
@@ -235,6 +257,30 @@ class TestPixels:
 
         np.testing.assert_array_equal(self.values(path), [[0, 255]])
 
+    @pytest.mark.parametrize("extension", [".png", ".tif"])
+    def test_sixteen_bit_colour_keeps_the_high_byte_and_is_never_clipped(self, tmp_path, extension):
+        ramp = np.linspace(0, 65535, 4 * 64 * 3).astype(np.uint16).reshape(4, 64, 3)
+        path = tmp_path / f"a{extension}"
+        path.write_bytes(png_16_bit(ramp) if extension == ".png" else tiff_16_bit(ramp))
+
+        np.testing.assert_array_equal(self.values(path), ramp >> 8)
+        assert np.abs(self.values(path) - ramp / 257).max() < 1
+
+    def test_a_phones_picture_of_several_parts_is_read_as_its_first(self, tmp_path):
+        save(tmp_path / "a.mpo", Image.new("RGB", (16, 16), (200, 0, 0)), save_all=True, append_images=[picture(16, 16)])
+        path = (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+
+        np.testing.assert_allclose(self.values(path)[8, 8], [200, 0, 0], atol=3)
+
+    def test_a_palette_with_transparency_in_the_middle_is_white_there_alone(self, tmp_path):
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.putpixel((1, 0), 1)
+
+        path = save(tmp_path / "a.png", image, transparency=0)
+
+        np.testing.assert_array_equal(self.values(path), [[[255, 255, 255], [200, 100, 50]]])
+
     @pytest.mark.parametrize(("mode", "word"), [("F", "float"), ("I", "mode I"), ("LAB", "mode LAB")])
     def test_pixels_without_a_known_range_are_refused_by_name(self, tmp_path, mode, word):
         path = save(tmp_path / "a.tif", Image.new(mode, (4, 4)))
@@ -339,6 +385,45 @@ class TestBadFiles:
         assert "50,000,000" in reason
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
         tracemalloc.stop()
+
+    @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+    def test_a_bomb_in_the_metadata_takes_no_memory(self, tmp_path, kind):
+        path = save(tmp_path / "a.png")
+        packed = zlib.compress(bytes(200 << 20), 9)
+        body = {b"zTXt": b"k\0\0", b"iCCP": b"k\0\0", b"iTXt": b"k\0\1\0\0\0"}[kind] + packed
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + chunk(kind, body) + content[33:])
+        tracemalloc.start()
+
+        try:
+            with contextlib.suppress(DataError):
+                open_image(path)
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+
+        assert peak < 32 << 20
+
+    def test_a_gif_whose_frame_is_larger_than_its_screen_is_a_bomb_or_its_screen(self, tmp_path):
+        path = save(tmp_path / "a.gif", Image.new("L", (8, 8)))
+        content = bytearray(path.read_bytes())
+        at = content.index(b"\x2c")  # the image descriptor: left, top, width, height
+        content[at + 5 : at + 9] = struct.pack("<HH", 60_000, 60_000)
+        path.write_bytes(content)
+
+        assert self.reason(path)
+
+    @pytest.mark.parametrize("extension", [".jpg", ".png", ".webp"])
+    def test_no_flipped_bit_is_more_than_a_bad_file(self, tmp_path, extension):
+        content = save(tmp_path / f"whole{extension}", picture(40, 30)).read_bytes()
+        random = np.random.default_rng(0)
+        for _ in range(60):
+            flipped = bytearray(content)
+            flipped[random.integers(len(content))] ^= 1 << random.integers(8)
+            path = tmp_path / f"flipped{extension}"
+            path.write_bytes(flipped)
+            with contextlib.suppress(DataError):
+                assert open_image(path).mode in ("RGB", "L")
 
     def test_a_picture_of_exactly_the_limit_is_not_a_bomb(self, tmp_path):
         bomb(tmp_path / "large.png", 10_000, PIXEL_LIMIT // 10_000)

@@ -154,9 +154,11 @@ class TestNames:
         with pytest.raises(ModelError, match=r"mynet\.py:FACTORY"):
             load("mynet.py")
 
-    def test_a_detector_is_not_a_classifier(self):
-        with pytest.raises(ModelError, match="no model 'ssd300_vgg16'"):
-            load("ssd300_vgg16")
+    def test_a_detector_says_that_it_is_no_classifier(self):
+        tasks = {entry.name: entry.task for entry in models.catalogue()}
+
+        assert (tasks["ssd300_vgg16"], tasks["fcn_resnet50"], tasks["r3d_18"]) == ("detect", "segment", "clips")
+        assert tasks["resnet18"] == "classify"
 
 
 class TestTorchvision:

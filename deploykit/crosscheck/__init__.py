@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import data, foreign, parity
+from deploykit import data, foreign, parity, scenes
 from deploykit.artifact import Precision, Preprocess
-from deploykit.crosscheck import measures, nonfinite, stress
+from deploykit.crosscheck import measures, nonfinite, stress, views
 from deploykit.crosscheck.pairing import Pairs, answers, pair
 from deploykit.crosscheck.sides import LABELS, Said, Side, asked_size, given_preprocess, open_sides
 from deploykit.data import Images
@@ -100,14 +100,20 @@ def compare_two(
     """
     start = perf_counter()
     asked = _question((a, b), said, tolerance, is_of_pictures=images is not None)
+    kind = views.kind_of(asked.sides)
+    if kind is not None:
+        views.refuse_meaningless(kind, labelled=labelled, stressed=stressed)
     found = _found_images(images, labelled, asked)
-    _check_rules(rules, found, asked.sides)
+    _check_rules(rules, found, asked.sides, kind)
     fed = _fed(found, asked)
     with ExitStack() as stack:
         first, second = (stack.enter_context(closing(side.open(0))) for side in asked.sides)
         opened = perf_counter()
-        answered = _answered(asked, (first, second), fed, progress)
-        judged = _judged(asked, answered, fed, rules)
+        if kind is None:
+            answered = _answered(asked, (first, second), fed, progress)
+            judged = _judged(asked, answered, fed, rules)
+        else:
+            answered, judged = _viewed(asked, (first, second), fed, rules, kind, progress)
         answered.seconds.update(start=opened - start, compared=perf_counter() - opened)
         rows = stress.run(asked.sides, (first, second), asked.pairs, asked.limit, asked.how, progress) if stressed else []
     gates = [*judged.gates, *(stress.as_gate(row) for row in rows if not row.is_own_check)]
@@ -182,13 +188,13 @@ def _check_classes(found: Images, width: int | None) -> None:
         raise UsageError(f"cannot tell which output is which class of {found.origin}", why=why, fix="leave out --labelled")
 
 
-def _check_rules(rules: Sequence[Rule], found: Images | None, sides: Sequence[Side]) -> None:
+def _check_rules(rules: Sequence[Rule], found: Images | None, sides: Sequence[Side], kind: scenes.Kind | None) -> None:
     problems = [f"'{rule}' is about time: deploykit benchmark judges it" for rule in rules if rule.is_of_time]
     if found is None:
         problems += [f"'{rule}' is about decisions: --data DIR" for rule in rules if not rule.is_of_time]
     elif found.labels is None:
         problems += [f"'{rule}' needs labels: --labelled" for rule in rules if rule.metric == "drop"]
-    if rules and len(sides[0].outputs) != 1:
+    if rules and len(sides[0].outputs) != 1 and kind is None:
         problems.append("decisions are judged on one output of (images, classes)")
     if problems:
         raise UsageError("there is nothing to judge these rules on", problems=problems)
@@ -234,6 +240,24 @@ def _answered(asked: Question, sessions: tuple[Session, Session], fed: Fed, prog
     return Answered(a, b, seconds, "; ".join(told))
 
 
+def _viewed(
+    asked: Question, sessions: tuple[Session, Session], fed: Fed, rules: Sequence[Rule], kind: scenes.Kind, progress: Progress
+) -> tuple[Answered, Judged]:
+    """The same for pixels or boxes: every picture is answered by both, compared, and forgotten."""
+    seconds = {"inputs": 0.0, "a": 0.0, "b": 0.0}
+    seen = views.Views(asked.sides, sessions, asked.pairs, kind, scenes.tally(kind))
+    done = 0
+    for chunk in _timed(fed.chunks, seconds):
+        for row in range(len(chunk[0])):
+            seen.look(fed.names[done], [array[row : row + 1] for array in chunk], seconds)
+            done += 1
+            progress("parity", done, len(fed.names))
+    answered = Answered([], [], seconds, seen.not_finite)
+    outputs = views.outputs(seen, asked.limit)
+    gates = [_finite_gate(answered), *(_limit_gate(output, asked.limit) for output in outputs), *views.gates(seen, rules)]
+    return answered, Judged(outputs, views.decisions(seen), gates)
+
+
 def _timed(
     chunks: Iterable[Sequence[NDArray[np.floating]]], seconds: dict[str, float]
 ) -> Iterator[Sequence[NDArray[np.floating]]]:
@@ -251,7 +275,8 @@ def _quantization_db(sides: Sequence[Side]) -> float | None:
     """The SQNR of the quantization itself on the golden samples of an INT8 side of ours: the worse one of two."""
     found = []
     for side in sides:
-        if side.is_ours and side.model is not None and side.precision is Precision.INT8:
+        is_of_boxes = scenes.kind_of(side.outputs) == "boxes"  # which come and go: no noise is measured on them
+        if side.is_ours and side.model is not None and side.precision is Precision.INT8 and not is_of_boxes:
             samples = side.model.samples()
             name = side.outputs[0].name
             found.append(parity.tensor_errors(samples.expected[name], samples.reference[name]).sqnr_db)

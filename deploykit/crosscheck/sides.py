@@ -15,6 +15,7 @@ from torch import nn
 from deploykit import foreign, models, recipe, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, artifact_of, read_artifact
 from deploykit.errors import UsageError, printable
+from deploykit.export.boxes import torch_answer
 from deploykit.machine import available_cores
 from deploykit.models import preprocess
 from deploykit.publish import UNFINISHED
@@ -32,13 +33,14 @@ _COMPARED = (Format.ONNX, Format.TORCHSCRIPT, Format.ENGINE)
 class Said:
     """What the user says of the two sides; `literal` and `layouts` are by label, A or B.
 
-    `preprocess` holds keys of the recipe's table with their values in TOML syntax. `size` is the height and width where a file
+    `preprocess` and `args` hold keys of the recipe with their values in TOML syntax. `size` is the height and width where a file
     leaves them open. `trust` allows TorchScript, which runs the program in it when it is loaded, and whose manifest, where there
     is one, anybody may have written; `cast` feeds each side its own floating-point type.
     """
 
     weights: str = "default"
     preprocess: Mapping[str, str] = field(default_factory=dict)
+    args: Mapping[str, str] = field(default_factory=dict)
     size: int | None = None
     literal: tuple[str, ...] = ()
     layouts: Mapping[str, Layout] = field(default_factory=dict)
@@ -123,6 +125,8 @@ def _refuse_unused(first: Side, second: Side, said: Said, *, is_of_pictures: boo
     ]
     if said.weights != "default" and first.module is None and second.module is None:
         problems.append(f"--weights {printable(said.weights)}: neither side is a PyTorch network")
+    if said.args and first.module is None and second.module is None:
+        problems.append("--arg: neither side is a PyTorch network")
     if said.size is not None and not is_open:
         problems.append(f"--size {said.size}: neither side leaves its height and width open")
     if said.preprocess and first.module is None and second.module is None:
@@ -252,7 +256,8 @@ def _check_script(found: Artifact) -> None:
 
 
 def _network(name: str, label: str, said: Said) -> Side:
-    overrides = {"model.weights": said.weights} | {f"preprocess.{key}": value for key, value in said.preprocess.items()}
+    overrides = {"model.weights": said.weights, "model.trust": "true" if said.trust else "false", **said.args}
+    overrides |= {f"preprocess.{key}": value for key, value in said.preprocess.items()}
     here = Path.cwd()
     content = {"name": "parity", "model": {"name": name}}
     asked = recipe.parse(content, base=here, source="the command line", overrides=overrides, overrides_base=here)
@@ -263,8 +268,8 @@ def _network(name: str, label: str, said: Said) -> Side:
         if ":" not in name and ("/" in name or "." in name):
             raise UsageError(f"{label}: there is no {printable(name)}") from error
         raise
-    inputs = (TensorSpec("image", "float32", ("batch", *found.preprocess.shape)),)
-    outputs = (TensorSpec("logits", "float32", ("batch", found.num_classes)),)
+    inputs = (TensorSpec("image", "float32", (1 if found.task == "detect" else "batch", *found.preprocess.shape)),)
+    outputs = _answered_by(found)
     return Side(
         label=label,
         name=name,
@@ -279,6 +284,16 @@ def _network(name: str, label: str, said: Said) -> Side:
         module=found.module,
         is_ours=True,
     )
+
+
+def _answered_by(found: models.Model) -> tuple[TensorSpec, ...]:
+    """The outputs of a network. What a detector finds on a black picture has the types and sizes of all that it finds."""
+    if found.task == "segment":
+        return (TensorSpec(found.outputs[0], "float32", ("batch", found.num_classes, *found.preprocess.crop)),)
+    if found.task != "detect":
+        return (TensorSpec(found.outputs[0], "float32", ("batch", found.num_classes)),)
+    answer = torch_answer(found, np.zeros(found.preprocess.shape, np.float32))
+    return tuple(TensorSpec(name, answer[name].dtype.name, ("boxes", *answer[name].shape[1:])) for name in found.outputs)
 
 
 def _given(said: Said) -> PreprocessTable | None:
@@ -331,11 +346,12 @@ def _opener(found: Artifact, literal: bool) -> Callable[[int], Session]:
 
 
 class ModuleSession:
-    """A `Session` on a PyTorch module with one input and one output, on the CPU."""
+    """A `Session` on a PyTorch module with one input, on the CPU."""
 
     def __init__(self, module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self._module, self._inputs, self._outputs = module, inputs, outputs
-        self._fed = self._answer = torch.empty(0)
+        self._fed = torch.empty(0)
+        self._answers: list[torch.Tensor] = []
 
     def feed(self, inputs: Tensors) -> None:
         """Copy the input into a tensor."""
@@ -345,11 +361,12 @@ class ModuleSession:
     def execute(self) -> None:
         """Run once."""
         with torch.inference_mode():
-            self._answer = self._module(self._fed)
+            answer = self._module(self._fed)
+        self._answers = list(answer) if isinstance(answer, (tuple, list)) else [answer]
 
     def fetch(self) -> Tensors:
-        """The answer of the last execute, copied."""
-        return {self._outputs[0].name: np.array(self._answer.numpy())}
+        """The answers of the last execute, copied."""
+        return {spec.name: np.array(value.numpy()) for spec, value in zip(self._outputs, self._answers, strict=True)}
 
     def close(self) -> None:
         """Drop the module."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,8 @@ _RESAMPLING = {
 def open_image(path: Path) -> Image.Image:
     """Read a picture as 8-bit RGB, or as L when the file has no colour; upright by its EXIF orientation.
 
-    Transparent pixels are composited on white. 16-bit greyscale is divided by 257, so that 0..65535 becomes 0..255.
+    Transparent pixels are composited on white. 16-bit greyscale is divided by 257, so that 0..65535 becomes 0..255; 16-bit colour
+    keeps the high byte, which is less than one level from that.
     CMYK becomes RGB without its ICC profile. Of an animation, the first frame is taken.
 
     Raises DataError, whose `why` is the reason alone, for a file that is missing, empty, damaged, not a picture, of
@@ -46,8 +48,10 @@ def open_image(path: Path) -> Image.Image:
         return decode(path)
 
 
-def preprocess(image: Image.Image, how: Preprocess) -> NDArray[np.float32]:
-    """Make the network's input of a picture: float32 (C, H, W), C-contiguous.
+def preprocess(image: Image.Image, how: Preprocess) -> NDArray[Any]:
+    """Make the network's input of a picture: float32 (C, H, W), or with frames (C, T, H, W); C-contiguous.
+
+    Where `how.feeds` says so, these are the pixels themselves, uint8 (C, H, W) or (H, W, C), for a graph that normalises them.
 
     On RGB pictures this gives what torchvision's classification preset gives on PIL images
     (torchvision/transforms/_presets.py and functional.py: `_compute_resized_output_size`, `center_crop`), zero
@@ -62,16 +66,47 @@ def preprocess(image: Image.Image, how: Preprocess) -> NDArray[np.float32]:
     height, width = how.crop
     if how.fit == "stretch":
         image = image.resize((width, height), _RESAMPLING[how.interpolation])
-    else:
-        if how.resize is not None:
-            image = image.resize(_with_shorter_side(image.size, how.resize), _RESAMPLING[how.interpolation])
-        left, top = _offset(image.width, width), _offset(image.height, height)
-        image = image.crop((left, top, left + width, top + height))  # Pillow fills what lies outside with zeros
-    pixels = np.asarray(image).reshape(height, width, len(how.channels)).transpose(2, 0, 1)
+    elif how.resize is not None:
+        image = image.resize(_with_shorter_side(image.size, how.resize), _RESAMPLING[how.interpolation])
+    centre = _offset(image.width, width), _offset(image.height, height)
+    if how.frames is None:
+        return _cropped(image, centre, how)
+    return np.ascontiguousarray(np.stack([_cropped(image, corner, how) for corner in _path(image, centre, how)], axis=1))
+
+
+def _cropped(image: Image.Image, corner: tuple[int, int], how: Preprocess) -> NDArray[Any]:
+    """The crop whose left upper corner (x, y) is there: normalised (C, H, W), or pixels as a program feeds them."""
+    (left, top), (height, width) = corner, how.crop
+    image = image.crop((left, top, left + width, top + height))  # Pillow fills what lies outside with zeros
+    pixels = np.asarray(image).reshape(height, width, len(how.channels))
+    if how.feeds != "float":
+        return np.array(pixels if how.feeds == "uint8 NHWC" else pixels.transpose(2, 0, 1), np.uint8, order="C")
+    return _normalised(pixels.transpose(2, 0, 1), how)
+
+
+def normalised(fed: NDArray[Any], how: Preprocess) -> NDArray[np.float32]:
+    """The network's inputs (N, C, H, W) of what a program feeds: floats are that already, pixels are scaled and normalised."""
+    if how.feeds == "float":
+        return fed
+    return _normalised(fed.transpose(0, 3, 1, 2) if how.feeds == "uint8 NHWC" else fed, how)
+
+
+def _normalised(pixels: NDArray[np.uint8], how: Preprocess) -> NDArray[np.float32]:
+    """(..., C, H, W) from 0 to 255 to the network's values, each step rounded to float32."""
     scaled = np.ascontiguousarray(pixels, np.float32) / np.float32(255)
     mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (how.mean, how.std))
     result: NDArray[np.float32] = (scaled - mean) / std
     return result
+
+
+def _path(image: Image.Image, centre: tuple[int, int], how: Preprocess) -> list[tuple[int, int]]:
+    """Where the crop of each frame lies (x, y): from one end of the picture's longer side to the other."""
+    assert how.frames is not None
+    (left, top), (height, width) = centre, how.crop
+    ways = [index / max(how.frames - 1, 1) for index in range(how.frames)]
+    if image.width - width >= image.height - height:
+        return [(round(way * (image.width - width)) if image.width > width else left, top) for way in ways]
+    return [(left, round(way * (image.height - height)) if image.height > height else top) for way in ways]
 
 
 def check_header(path: Path) -> None:

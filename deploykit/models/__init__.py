@@ -1,4 +1,4 @@
-"""Any CNN by name as a Model: torchvision's classifiers, our own small classics, a user's own code."""
+"""Any CNN by name as a Model: torchvision's and timm's networks, our own classics, ensembles of them, a user's own code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from torch import nn
 
 from deploykit.artifact import Preprocess, digest_file
 from deploykit.errors import ModelError, printable
-from deploykit.models import batch_norm, cifar_resnet, lenet, torchvision, user
+from deploykit.models import (
+    arguments,
+    batch_norm,
+    classics,
+    ensemble,
+    script,
+    tasks,
+    timm,
+    torchvision,
+    torchvision_dense,
+    user,
+)
 from deploykit.models.architecture import Architecture, Weights
 from deploykit.models.checkpoint import fit, load_state_dict
 from deploykit.models.head import with_classes
@@ -25,22 +37,16 @@ from deploykit.recipe import ModelTable, PreprocessTable
 __all__ = ["Entry", "Model", "calibrate_batch_norm", "catalogue", "load", "with_classes", "with_weights"]
 
 _AS_IT_COMES = PreprocessTable()
-# name: (parameters, 10^9 multiply-accumulates of one input), with ten classes; a test counts both.
-_OWN = {
-    "lenet5": (61_706, 0.000417),
-    "cifar_resnet20": (269_722, 0.040552),
-    "cifar_resnet32": (464_154, 0.068863),
-    "cifar_resnet44": (658_586, 0.097175),
-    "cifar_resnet56": (853_018, 0.125486),
-    "cifar_resnet110": (1_727_962, 0.252888),
-}
+_PROBED = 4  # images that a detector with random weights is made to find boxes on
 
 
 @dataclass(frozen=True)
 class Model:
     """A network that is ready to be exported: in eval mode, float32, on the CPU.
 
-    `preprocess.shape` is its input (channels, height, width); its output is one tensor of (N, num_classes).
+    `preprocess.shape` is its input (channels, height, width). A classifier answers with one tensor of (N, num_classes), and so
+    does one of clips; a segmenter with (N, num_classes, height, width); a detector, which takes one picture, with a list
+    of tensors for its boxes. `outputs` are the names of these tensors.
     `classes` has the names by index, or is empty when nobody said them. `weights` is where the weights come from, for
     people. `notes` are decisions on the way that the user must see.
     """
@@ -53,22 +59,25 @@ class Model:
     weights: str
     is_random: bool
     notes: tuple[str, ...]
+    task: tasks.Task = "classify"
+    outputs: tuple[str, ...] = tasks.LOGITS
 
 
 @dataclass(frozen=True)
 class Entry:
     """One line of the catalogue.
 
-    `input_size` is (channels, height, width). `weights` names the default weights; None where there are none. `gmacs`
-    are 10^9 multiply-accumulates for one input of that size.
+    `input_size` is (channels, height, width), of clips (channels, frames, height, width). `weights` names the default ones; None
+    where there are none. `gmacs` are 10^9 multiply-accumulates for one input of that size.
     """
 
     name: str
     source: str
     parameters: int
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     weights: str | None
     gmacs: float
+    task: tasks.Task = "classify"
 
 
 def load(model: ModelTable, preprocess: PreprocessTable = _AS_IT_COMES, *, data_classes: Sequence[str] | None = None) -> Model:
@@ -88,7 +97,10 @@ def load(model: ModelTable, preprocess: PreprocessTable = _AS_IT_COMES, *, data_
     module, conversions = _deployable(module)
     keys = architecture.preprocess or of_network(getattr(module, "preprocess", None), name=model.name)
     settled, decisions = resolve(keys, preprocess, name=model.name)
-    num_classes = _count_classes(module, settled, architecture)
+    task = tasks.task_of(module, architecture.task, name=model.name)
+    with _explained(architecture, settled):
+        module, outputs = tasks.answering(module, task, shape=settled.shape, name=model.name)
+        num_classes = _count_classes(module, settled, architecture, task)
     if model.classes not in (None, num_classes):
         raise ModelError(
             f"{model.name} has {num_classes} classes, the recipe says model.classes = {model.classes}",
@@ -103,16 +115,30 @@ def load(model: ModelTable, preprocess: PreprocessTable = _AS_IT_COMES, *, data_
         weights=weights.origin,
         is_random=weights.is_random,
         notes=(*architecture.notes, *weights.notes, *conversions, *decisions),
+        task=task,
+        outputs=outputs,
     )
 
 
 def catalogue() -> list[Entry]:
     """Every network that has a name here, without building any of them."""
     own = [
-        Entry(name, "deploykit", parameters, resolve(_own_preprocess(name), PreprocessTable(), name=name)[0].shape, None, gmacs)
-        for name, (parameters, gmacs) in _OWN.items()
+        Entry(
+            name,
+            "deploykit",
+            found.parameters,
+            resolve(found.preprocess, PreprocessTable(), name=name)[0].shape,
+            None,
+            found.gmacs,
+        )
+        for name, found in classics.CLASSICS.items()
     ]
-    return own + [Entry(name, "torchvision", *torchvision.facts(name)) for name in torchvision.names()]
+    classifiers = [Entry(name, "torchvision", *torchvision.facts(name)) for name in torchvision.names()]
+    others = [
+        Entry(name, "torchvision", *torchvision_dense.facts(name), torchvision_dense.task_of(name))
+        for name in torchvision_dense.names()
+    ]
+    return own + classifiers + others
 
 
 def with_weights(model: Model, path: Path, *, origin: str) -> Model:
@@ -126,41 +152,44 @@ def calibrate_batch_norm(model: Model, batches: Iterable[NDArray[np.float32]]) -
     """Give a network with random weights the BatchNorm statistics of `batches`, each (N, C, H, W); changes `model.module`.
 
     Without them its activations grow or fade from layer to layer, and measurements of INT8 on it mean nothing. A
-    network without BatchNorm stays as it is.
+    network without BatchNorm stays as it is. A detector is made to find boxes as well, see `tasks.spread_scores`.
 
     Raises ModelError when the weights are not random, DataError when there are fewer than two images.
     """
     if not model.is_random:
         raise ModelError(f"{model.name} keeps its BatchNorm statistics", why=f"they belong to its weights, {model.weights}")
-    batch_norm.calibrate(model.module, batches)
+    batches = iter(batches)
+    first = list(islice(batches, 1))
+    batch_norm.calibrate(model.module, chain(first, batches))
+    if isinstance(model.module, tasks.Detector):
+        tasks.spread_scores(model.module, torch.from_numpy(first[0][:_PROBED]))
 
 
 def _architecture(model: ModelTable, preprocess: PreprocessTable) -> Architecture:
-    if user.is_user_code(model.name):
+    if "num_classes" in (model.args or {}):
+        raise ModelError(
+            "model.args.num_classes is model.classes", fix="--classes N, which checkpoints and data sets set as well"
+        )
+    if model.is_user_code:
         return user.architecture(model)
-    if model.name in _OWN:
-        return _own(model.name, channels=len(preprocess.channels or "L"))
+    scheme = model.name.partition(":")[0]
+    if scheme == "timm":
+        return timm.architecture(model, preprocess)
+    if scheme == "ensemble":
+        return ensemble.architecture(model, preprocess, _architecture)
+    if model.name in classics.CLASSICS:
+        return classics.architecture(model, preprocess)
     if model.name in torchvision.names():
         return torchvision.architecture(model)
-    known = [*_OWN, *torchvision.names()]
+    if model.name in torchvision_dense.names():
+        arguments.check(arguments.none, model.args or {}, name=model.name)
+        return torchvision_dense.architecture(model, preprocess)
+    known = [*classics.CLASSICS, *torchvision.names(), *torchvision_dense.names()]
     near = difflib.get_close_matches(model.name.lower().replace("-", ""), known, n=3)
     fix = "deploykit models lists all names"
     if model.name.endswith(".py"):
         fix = f"name the function that builds the network: {model.name}:FACTORY"
     raise ModelError(f"there is no model {model.name!r}", why=f"the nearest names are {', '.join(near)}" if near else "", fix=fix)
-
-
-def _own(name: str, *, channels: int) -> Architecture:
-    def build(classes: int | None) -> nn.Module:
-        if name == "lenet5":
-            return lenet.lenet5(classes or 10, channels)
-        return cifar_resnet.cifar_resnet(int(name.removeprefix("cifar_resnet")), classes or 10)
-
-    return Architecture(name=name, build=build, preprocess=_own_preprocess(name), default_weights=None)
-
-
-def _own_preprocess(name: str) -> PreprocessTable:
-    return lenet.PREPROCESS if name == "lenet5" else cifar_resnet.PREPROCESS
 
 
 def _weighted(architecture: Architecture, model: ModelTable, data_classes: Sequence[str] | None) -> tuple[nn.Module, Weights]:
@@ -169,7 +198,7 @@ def _weighted(architecture: Architecture, model: ModelTable, data_classes: Seque
         data = len(data_classes) if data_classes and architecture.takes_data_classes else None
         return architecture.build(model.classes or data), Weights(None, f"random weights (seed {model.seed})", is_random=True)
     if model.weights != "default":
-        weights = _from_file(Path(model.weights), model.weights_key)
+        weights = _from_file(Path(model.weights), model.weights_key, trust=model.trust)
     elif architecture.default_weights is not None:
         weights = architecture.default_weights()
     else:
@@ -180,14 +209,16 @@ def _weighted(architecture: Architecture, model: ModelTable, data_classes: Seque
     if weights.state_dict is None:
         return architecture.build(model.classes), weights
     source = Path(model.weights).name if model.weights != "default" else weights.origin
-    adapted = architecture.adapt(weights.state_dict)
-    module, notes = fit(architecture.build, adapted, source=printable(source), classes=model.classes)
+    module, notes = fit(
+        architecture.build, weights.state_dict, source=printable(source), classes=model.classes, adapt=architecture.adapt
+    )
     return module, replace(weights, notes=weights.notes + notes)
 
 
-def _from_file(path: Path, key: str | None) -> Weights:
-    state_dict = load_state_dict(path, key)
-    return Weights(state_dict, f"{printable(path.name)} (sha256 {digest_file(path)[:12]}...)")
+def _from_file(path: Path, key: str | None, *, trust: bool) -> Weights:
+    state_dict = load_state_dict(path, key, trust=trust)
+    notes = (f"the program in {printable(path.name)} was run to read its weights",) if trust and script.is_script(path) else ()
+    return Weights(state_dict, f"{printable(path.name)} (sha256 {digest_file(path)[:12]}...)", notes)
 
 
 def _deployable(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -198,24 +229,36 @@ def _deployable(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return module.cpu().float().eval(), notes
 
 
-def _count_classes(module: nn.Module, preprocess: Preprocess, architecture: Architecture) -> int:
-    """The width of the network's answer to one black picture. Raises ModelError when it gives none."""
-    shape = "x".join(map(str, preprocess.shape))
+@contextmanager
+def _explained(architecture: Architecture, preprocess: Preprocess) -> Iterator[None]:
+    """Turn what a network raises when it gets a black picture into a ModelError."""
     try:
-        with torch.no_grad():
-            answer = module(torch.zeros(1, *preprocess.shape))
+        yield
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
-            f"{architecture.name} cannot take an input of {shape}",
+            f"{architecture.name} cannot take an input of {'x'.join(map(str, preprocess.shape))}",
             why=user.explain(error, architecture.folder) if architecture.folder else str(error).strip().partition("\n")[0],
             fix="set preprocess.crop and preprocess.channels to what the network takes",
         ) from error
-    if not isinstance(answer, torch.Tensor) or answer.dim() != 2 or answer.shape[0] != 1:
+
+
+def _count_classes(module: nn.Module, preprocess: Preprocess, architecture: Architecture, task: tasks.Task) -> int:
+    """The width of the network's answer to one black picture. Raises ModelError when it is not one of its task."""
+    if isinstance(module, tasks.Detector):
+        return tasks.count_classes(module)
+    with torch.no_grad():
+        answer = module(torch.zeros(1, *preprocess.shape))
+    what, wanted = ("segmenter", "1xCLASSESxHEIGHTxWIDTH") if task == "segment" else ("classifier", "1xCLASSES")
+    dimensions = 4 if task == "segment" else 2
+    if not isinstance(answer, torch.Tensor) or answer.dim() != dimensions or answer.shape[0] != 1:
         got = "x".join(map(str, answer.shape)) if isinstance(answer, torch.Tensor) else f"a {type(answer).__name__}"
+        returned = "(batch, classes, height, width)" if task == "segment" else "(batch, classes)"
         raise ModelError(
-            f"{architecture.name} is not a classifier that deploykit can take",
-            why=f"it answered one picture of {shape} with {got}, not with 1xCLASSES",
-            fix="let the factory wrap the network so that it returns one tensor of (batch, classes)",
+            f"{architecture.name} is not a {what} that deploykit can take",
+            why=f"it answered one picture of {'x'.join(map(str, preprocess.shape))} with {got}, not with {wanted}",
+            fix=f"let the factory wrap the network so that it returns one tensor of {returned}",
         )
     return int(answer.shape[1])
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from deploykit.models.checkpoint import StateDict
+from deploykit.models.state_dict import StateDict
+from deploykit.models.tasks import Task
 from deploykit.recipe import PreprocessTable
 
 Build = Callable[[int | None], nn.Module]
@@ -34,7 +35,8 @@ class Architecture:
     `build` makes a new one with a number of classes; None means its own number. `preprocess` has the keys that the
     architecture decides, None where a user's network says nothing. `default_weights` is None when nobody published
     any. `adapt` brings checkpoints that older library versions wrote up to date. `classes` are the names that the
-    published weights were trained on. `folder` is where a user's own code is, for messages about errors in it.
+    published weights were trained on. `folder` is where a user's own code is, for messages about errors in it. `task` is None
+    where the network itself says it, or nothing does.
     """
 
     name: str
@@ -46,3 +48,4 @@ class Architecture:
     takes_data_classes: bool = True
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    task: Task | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deploykit.errors import DataError
+from deploykit.models import tasks
 
 
 def calibrate(module: nn.Module, batches: Iterable[NDArray[np.float32]]) -> None:
@@ -44,7 +45,7 @@ def calibrate(module: nn.Module, batches: Iterable[NDArray[np.float32]]) -> None
 def _observe(module: nn.Module, batch: NDArray[np.float32]) -> int:
     if len(batch) == 1:
         raise DataError("a single image cannot calibrate BatchNorm", why="it has no variance", fix="give at least two images")
-    module(torch.tensor(batch))
+    tasks.many(module, torch.tensor(batch))
     return len(batch)
 
 

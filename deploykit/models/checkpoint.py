@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,40 +14,23 @@ import torch
 from torch import nn
 
 from deploykit.errors import ModelError, printable
+from deploykit.intake import door
+from deploykit.models import script, stored
+from deploykit.models.names import Adapt, hint, unwrapped
+from deploykit.models.state_dict import StateDict
 
 _LISTED = 10
-_KINDS = {
-    b"\x89PNG": "it is a PNG image",
-    b"\xff\xd8\xff": "it is a JPEG image",
-    b"\x1f\x8b": "it is a gzip archive: unpack it first",
-    b"\x89HDF": "it is an HDF5 file",
-    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull`",
-}
+# Entries of Lightning checkpoints that may hold tensors, such as weights of classes, and are never the network.
+_SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
-class StateDict(dict[str, torch.Tensor]):
-    """Names to tensors, with the module versions that PyTorch keeps beside them (None: the file had none)."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], versions: Mapping[str, Any] | None = None) -> None:
-        super().__init__(tensors)
-        self.versions = versions
-        if versions is not None:
-            # Where nn.Module.load_state_dict looks for them: MNASNet and others read old layouts by version.
-            self._metadata = dict(versions)
-
-    @classmethod
-    def of(cls, content: Mapping[str, torch.Tensor]) -> StateDict:
-        """A mapping as `torch.load` gives it, apart from any computation that its tensors belonged to."""
-        versions = getattr(content, "_metadata", None)
-        tensors = {name: tensor.detach() for name, tensor in content.items()}
-        return cls(tensors, versions if isinstance(versions, Mapping) else None)
-
-
-def load_state_dict(path: Path, key: str | None = None) -> StateDict:
+def load_state_dict(path: Path, key: str | None = None, *, trust: bool = False) -> StateDict:
     """Read the weights in a checkpoint: .safetensors, or what `torch.save` wrote in either of its two formats.
 
     The weights may be the whole content or one of its entries (`state_dict`, `model`, ...); `key` says which when
-    several entries are mappings of names to tensors. Nothing in the file is executed (`weights_only`).
+    several entries are mappings of names to tensors: an entry, one inside another (`ema.state_dict`), or the first part
+    of the names (`ema_model`). Nothing in the file is executed or unpickled, unless `trust` allows it: then the
+    weights of a TorchScript file are taken as well.
 
     Raises ModelError, naming the file, when it is missing, damaged, of another kind, wants to run code, holds no
     weights or several, or when a weight is not a tensor, is NaN or infinite.
@@ -59,7 +39,10 @@ def load_state_dict(path: Path, key: str | None = None) -> StateDict:
         if not path.is_file():
             why = "it is a directory" if path.is_dir() else "it is not a file" if path.exists() else "there is no such file"
             raise ModelError(f"cannot read the weights {printable(path)}", why=why)
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        if trust and script.is_script(path):
+            content: Any = script.weights(path)
+        else:
+            content = _read_safetensors(path) if path.suffix == ".safetensors" else stored.read(path)
     except OSError as error:
         raise ModelError(f"cannot read the weights {printable(path)}", why=(error.strerror or str(error)).lower()) from error
     chosen = _choose(content, key, printable(path))
@@ -68,21 +51,27 @@ def load_state_dict(path: Path, key: str | None = None) -> StateDict:
 
 
 def fit(
-    build: Callable[[int | None], nn.Module], state_dict: StateDict, *, source: str, classes: int | None = None
+    build: Callable[[int | None], nn.Module],
+    state_dict: StateDict,
+    *,
+    source: str,
+    classes: int | None = None,
+    adapt: Adapt = lambda found: found,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build a network that takes all of `state_dict` and nothing else, and load it. Returns it with notes.
 
     `build` makes the network with a number of classes (None: its own). When the head is all that differs and `classes`
-    is None, the network is built again with the checkpoint's number of classes. Leading names that all keys share
-    (`module.`, `_orig_mod.`, `model.`) are taken off until they meet the network's. BatchNorm's
+    is None, the network is built again with the checkpoint's number of classes. What training put before the names is
+    taken off, see `names.unwrapped`; `adapt` brings names of older versions up to date. BatchNorm's
     `num_batches_tracked`, which files from before PyTorch 0.4.1 lack, may be missing. `source` names the checkpoint.
 
     Raises ModelError listing missing and unexpected names, other shapes and other kinds of number.
     """
     module = build(classes)
-    state_dict = _without_wrapper(state_dict, module.state_dict())
+    original = state_dict
+    state_dict, notes = unwrapped(original, module.state_dict(), source=source, adapt=adapt)
     difference = _load(module, state_dict)
-    notes = _conversions(module, state_dict, source)
+    notes += _conversions(module, state_dict, source)
     if difference.head is not None:
         head = difference.head
         if classes is not None:
@@ -93,7 +82,9 @@ def fit(
         notes += (f"{source} has {head.found} classes, so the network was built with {head.found}",)
     elif difference:
         raise ModelError(
-            f"{source} does not fit the network", problems=difference.problems(), why="all weights must be there, and no others"
+            f"{source} does not fit the network",
+            problems=difference.problems(),
+            why=hint(original, module.state_dict()) or "all weights must be there, and no others",
         )
     return module, notes
 
@@ -133,11 +124,11 @@ def _load(module: nn.Module, state_dict: StateDict) -> _Difference:
     """
     network = module.state_dict()
     shared = {name: (network[name], tensor) for name, tensor in state_dict.items() if name in network}
-    # copy_ would cast quantized or integer weights to float without their scale.
+    # copy_ would cast quantized, integer and 8-bit float weights to float32 without their scale.
     mismatched = {
         name: f"{name} is {_describe(found)}, the network has {_describe(wanted)}"
         for name, (wanted, found) in shared.items()
-        if wanted.shape != found.shape or wanted.is_floating_point() != found.is_floating_point()
+        if wanted.shape != found.shape or _kind(wanted) != _kind(found)
     }
     fitting = StateDict({name: tensor for name, tensor in state_dict.items() if name not in mismatched}, state_dict.versions)
     try:
@@ -148,6 +139,13 @@ def _load(module: nn.Module, state_dict: StateDict) -> _Difference:
     unexpected = tuple(keys.unexpected_keys)
     head = None if missing or unexpected else _head([(name, *shared[name]) for name in mismatched])
     return _Difference(missing, unexpected, tuple(mismatched.values()), head=head)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """What of a tensor's type can be converted without saying more: floating types of 16 bits and more among themselves."""
+    if not tensor.is_floating_point():
+        return "no float"
+    return "8-bit float" if tensor.element_size() == 1 else "float"
 
 
 def _head(mismatched: Sequence[tuple[str, torch.Tensor, torch.Tensor]]) -> _Head | None:
@@ -165,27 +163,6 @@ def _two_heads(source: str, head: _Head) -> str:
     return f"{source} has {head.found} classes (tensor {head.name}), the network has {head.wanted}"
 
 
-def _without_wrapper(state_dict: StateDict, network: Mapping[str, torch.Tensor]) -> StateDict:
-    """Names without what DataParallel, torch.compile, Lightning and weight averaging put before them.
-
-    Left as they are when that never meets the network's names, so that messages show what the file holds.
-    """
-    # torch.optim.swa_utils.AveragedModel counts beside the network that it wraps.
-    tensors = {name: tensor for name, tensor in state_dict.items() if name != "n_averaged" or name in network}
-    stripped, removed = dict(tensors), ""
-    while stripped and not any(name in network for name in stripped):
-        prefixes = {name.partition(".")[0] + "." for name in stripped}
-        if len(prefixes) > 1 or any("." not in name for name in stripped):
-            return state_dict
-        (prefix,) = prefixes
-        removed += prefix
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    versions = state_dict.versions
-    if versions is not None and removed:
-        versions = {name[len(removed) :]: value for name, value in versions.items() if f"{name}.".startswith(removed)}
-    return StateDict(stripped, versions)
-
-
 def _conversions(module: nn.Module, state_dict: StateDict, source: str) -> tuple[str, ...]:
     """A note on weights that were stored in another float type than the network's."""
     network = module.state_dict()
@@ -198,93 +175,20 @@ def _conversions(module: nn.Module, state_dict: StateDict, source: str) -> tuple
 
 
 def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+    door.safetensors_file(path)
     try:
         return safetensors.torch.load_file(path, device="cpu")
     except safetensors.SafetensorError as error:
         raise ModelError(f"cannot read the weights {printable(path)}", why=f"damaged or not safetensors: {error}") from error
 
 
-def _read_pickle(path: Path) -> Any:
-    name = printable(path)
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _refuse_other_archives(path)
-        else:
-            _refuse_other_kinds(path)
-        with warnings.catch_warnings():
-            # torch warns about pickle protocols; what follows from them is an error, handled below.
-            warnings.simplefilter("ignore")
-            # Files from before PyTorch 1.6 refuse to be mapped; mapping the others keeps memory at one copy.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, ModelError):
-        raise
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            # Without torch's own text, which recommends weights_only=False.
-            raise ModelError(
-                f"cannot read the weights {name}", why="it is damaged, or a pickle that torch.save did not write"
-            ) from error
-        raise ModelError(
-            f"refused to load {name}: it wants {wanted.group(1)}",
-            why="it holds Python objects besides weights, and unpickling those can run any code",
-            fix="save the weights alone, where you trust the file: torch.save(model.state_dict(), FILE)",
-        ) from error
-    except Exception as error:  # damaged archives and pickles raise anything: EOFError, KeyError, UnicodeDecodeError, ...
-        raise ModelError(f"cannot read the weights {name}", why=f"truncated or damaged: {_line(error)}") from error
-
-
-def _refuse_other_archives(path: Path) -> None:
-    """A zip must be a checkpoint: torch.load would hand a TorchScript archive to another reader."""
-    name = printable(path)
-    with zipfile.ZipFile(path) as archive:
-        members = {member.rpartition("/")[2] for member in archive.namelist()}
-    if "constants.pkl" in members:
-        kind = "a TorchScript archive"
-    elif members & {"archive_format", "serialized_exported_program.json"}:
-        kind = "an exported program (.pt2)"
-    elif "data.pkl" not in members:
-        raise ModelError(f"cannot read the weights {name}", why="it is a zip archive without a checkpoint in it")
-    else:
-        return
-    raise ModelError(
-        f"cannot take weights from {name}",
-        why=f"it is {kind}: a finished program, which deploykit would have to run",
-        fix="save the network's weights: torch.save(model.state_dict(), FILE), and name the network's code",
-    )
-
-
-def _refuse_other_kinds(path: Path) -> None:
-    """Whatever is neither a zip nor a pickle of protocol 2 or later."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"\x80"):
-        return
-    why = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "")
-    if not start:
-        why = "it is empty"
-    elif start.startswith(b"PK"):
-        why = "it is truncated: the end of the archive is missing"
-    elif start.lstrip().startswith(b"<"):
-        why = "it is a web page or XML: the download went wrong"
-    raise ModelError(
-        f"{printable(path)} is not a checkpoint",
-        why=why or f"it starts with {start[:16]!r}",
-        fix="give a file that torch.save or safetensors wrote",
-    )
-
-
 def _choose(content: Any, key: str | None, name: str) -> Mapping[str, Any]:
     """The mapping of names to tensors in what was read."""
     if not isinstance(content, Mapping):
-        raise ModelError(f"{name} holds no weights", why=f"it holds a {type(content).__name__}, not names and tensors")
-    candidates: dict[str, Mapping[str, Any]] = {entry: value for entry, value in content.items() if _holds_weights(value)}
+        raise ModelError(f"{name} holds no weights", why=f"it holds a {_called(content)}, not names and tensors")
+    candidates = _candidates(content)
     if key is not None:
-        if key in candidates:
-            return candidates[key]
-        found = ", ".join(map(str, candidates)) or "no entry of the file"
-        raise ModelError(f"{name} has no weights under {key!r}", why=f"{found} holds weights", fix="change model.weights_key")
+        return _under(key, content, candidates, name)
     if len(candidates) > 1:
         listed = [f"{entry}: {len(value)} tensors" for entry, value in candidates.items()]
         raise ModelError(
@@ -299,6 +203,46 @@ def _choose(content: Any, key: str | None, name: str) -> Mapping[str, Any]:
     raise ModelError(f"{name} holds no weights", why=f"its entries are {_first([str(entry) for entry in content]) or 'none'}")
 
 
+def _candidates(content: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """The entries that hold weights; where there is none and the content holds none either, the entries of its entries."""
+    found = {str(entry): value for entry, value in content.items() if entry not in _SETTINGS and _holds_weights(value)}
+    if found or _holds_weights(content):
+        return found
+    return {
+        f"{entry}.{inner}": value
+        for entry, table in content.items()
+        if isinstance(table, Mapping)
+        for inner, value in table.items()
+        if _holds_weights(value)
+    }
+
+
+def _under(key: str, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The weights that `model.weights_key` means. Raises ModelError, naming those that there are."""
+    found = _named(content, key.rstrip("."))
+    if found is None and len(candidates) == 1:
+        found = _named(next(iter(candidates.values())), key.rstrip("."))
+    if found is None:
+        known = ", ".join(candidates) or "no entry of the file"
+        raise ModelError(f"{name} has no weights under {key!r}", why=f"{known} holds weights", fix="change model.weights_key")
+    return found
+
+
+def _named(content: Mapping[Any, Any], key: str) -> Mapping[str, Any] | None:
+    """An entry, an entry of an entry (`ema.state_dict`), or what comes after a first part of the names (`ema_model`)."""
+    entry = content.get(key)
+    if _holds_weights(entry):
+        return typing.cast(Mapping[str, Any], entry)
+    head, _, rest = key.partition(".")
+    inner = content.get(head)
+    if rest and isinstance(inner, Mapping):
+        return _named(inner, rest)
+    if not _holds_weights(content):
+        return None
+    below = StateDict(content, getattr(content, "_metadata", None)).below(f"{key}.")
+    return below if _holds_weights(below) else None
+
+
 def _holds_weights(value: Any) -> bool:
     """Whether a value is a mapping with weights in it; random generators' states, for example, are not floating."""
     return (
@@ -310,7 +254,7 @@ def _holds_weights(value: Any) -> bool:
 
 def _check(state_dict: Mapping[str, Any], name: str) -> None:
     """Raise ModelError naming all values that are no tensors, or no numbers."""
-    strangers = [f"{key} ({type(value).__name__})" for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    strangers = [f"{key} ({_called(value)})" for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if strangers:
         raise ModelError(f"{name} holds values that are not tensors", problems=[f"{len(strangers)}: {_first(strangers)}"])
     # float() because some of the 8-bit types have no isfinite.
@@ -324,6 +268,10 @@ def _check(state_dict: Mapping[str, Any], name: str) -> None:
         )
 
 
+def _called(value: Any) -> str:
+    return value.name if isinstance(value, stored.Opaque) else type(value).__name__
+
+
 def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
 
@@ -332,8 +280,3 @@ def _first(names: Iterable[str], separator: str = ", ") -> str:
     """The first few names; an ellipsis stands for the rest."""
     listed = list(names)
     return separator.join(listed[:_LISTED]) + (f"{separator}..." if len(listed) > _LISTED else "")
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's text, or its type when it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deploykit.errors import ModelError
+from deploykit.models.ensemble import heads
 
 if TYPE_CHECKING:
     from deploykit.models import Model
@@ -24,26 +25,45 @@ def with_classes(model: Model, classes: Sequence[str], *, seed: int) -> Model:
     """
     if model.num_classes == len(classes) and model.classes in ((), tuple(classes)):
         return replace(model, classes=tuple(classes))
-    heads = [
-        (name, part)
-        for name, part in model.module.named_modules()
-        if (isinstance(part, nn.Linear) and part.out_features == model.num_classes)
-        or (isinstance(part, nn.Conv2d) and part.out_channels == model.num_classes)
-    ]
-    if not heads:
-        raise ModelError(
-            f"{model.name} has no last layer that can be replaced",
-            why=f"none of its Linear and Conv2d layers has {model.num_classes} outputs",
-            fix=f"build it with {len(classes)} classes: a factory that takes num_classes, or model.classes",
-        )
-    name, old = heads[-1]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        new = _like(old, len(classes))
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.module.get_submodule(parent), attribute, new)
-    note = f"{name} is new: {len(classes)} classes instead of {model.num_classes}"
+        # An ensemble that averages logits has a head in each of its members.
+        names = [_replaced(model, below, len(classes)) for below in heads(model.module) or ("",)]
+    note = (
+        f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} new: {len(classes)} classes instead of {model.num_classes}"
+    )
     return replace(model, num_classes=len(classes), classes=tuple(classes), notes=(*model.notes, note))
+
+
+def last_layer(model: Model, below: str = "") -> str:
+    """The module path of the last Linear or Conv2d, `below` a module, that is as wide as the network's answer.
+
+    Raises ModelError when none is.
+    """
+    found: list[str] = [
+        name
+        for name, part in model.module.named_modules()
+        if name.startswith(f"{below}." if below else "")
+        and (
+            (isinstance(part, nn.Linear) and part.out_features == model.num_classes)
+            or (isinstance(part, nn.Conv2d) and part.out_channels == model.num_classes)
+        )
+    ]
+    if not found:
+        raise ModelError(
+            f"{model.name} has no last layer that can be told from the others",
+            why=f"none of its Linear and Conv2d layers has {model.num_classes} outputs",
+            fix="let it end in a layer with one output for each class: a factory that takes num_classes, or model.classes",
+        )
+    return found[-1]
+
+
+def _replaced(model: Model, below: str, classes: int) -> str:
+    """Put a new layer in the place of the last one below a module; its name."""
+    name = last_layer(model, below)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.module.get_submodule(parent), attribute, _like(model.module.get_submodule(name), classes))
+    return name
 
 
 def _like(old: nn.Module, classes: int) -> nn.Module:

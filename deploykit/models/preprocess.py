@@ -59,6 +59,7 @@ def resolve(own: PreprocessTable | None, asked: PreprocessTable, *, name: str) -
             channels=channels,
             interpolation=merged.interpolation or "bilinear",
             fit=fit,
+            frames=merged.frames,
         ),
         notes,
     )

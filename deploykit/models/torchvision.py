@@ -16,8 +16,10 @@ from torchvision import models
 
 from deploykit.artifact import digest_file
 from deploykit.errors import DeploykitError, printable
+from deploykit.models import arguments, googlenet
 from deploykit.models.architecture import Architecture, Weights
-from deploykit.models.checkpoint import StateDict, load_state_dict
+from deploykit.models.checkpoint import load_state_dict
+from deploykit.models.state_dict import StateDict
 from deploykit.recipe import ModelTable, PreprocessTable
 
 # These two are trained with auxiliary heads, which answer in train mode only and have no place in an engine.
@@ -35,9 +37,12 @@ def architecture(model: ModelTable) -> Architecture:
     """The classifier `model.name`, which is one of `names()`.
 
     The preprocessing is that of the default weights, also when others are used: it is what the network was made for.
+    GoogLeNet takes `model.args`, see `googlenet.options`; the others are what their name says and take none.
     """
     published = models.get_model_weights(model.name).DEFAULT
+    changes = _changes(model)
     options, notes = _options(model, published)
+    options |= changes
 
     def build(classes: int | None) -> nn.Module:
         chosen = options if classes is None else {**options, "num_classes": classes}
@@ -48,7 +53,8 @@ def architecture(model: ModelTable) -> Architecture:
         name=model.name,
         build=build,
         preprocess=preprocess(published),
-        default_weights=lambda: default_weights(published),
+        # Nobody published weights for a network that was changed by arguments.
+        default_weights=None if changes else lambda: default_weights(published),
         adapt=lambda state_dict: _adapt(model.name, state_dict),
         classes=tuple(published.meta["categories"]),
         notes=notes,
@@ -113,6 +119,13 @@ def imagenet_synsets() -> tuple[str, ...]:
     The list is the one of the challenge itself (image-net.org/challenges/LSVRC/2012, development kit).
     """
     return tuple(resources.files("deploykit.models").joinpath("imagenet_synsets.txt").read_text("ascii").split())
+
+
+def _changes(model: ModelTable) -> dict[str, Any]:
+    """What `model.args` change in torchvision's network. Raises ModelError when it takes no such argument."""
+    options = googlenet.options if model.name == "googlenet" else arguments.none
+    arguments.check(options, model.args or {}, name=model.name)
+    return options(**(model.args or {}))
 
 
 def _options(model: ModelTable, published: Any) -> tuple[dict[str, Any], tuple[str, ...]]:

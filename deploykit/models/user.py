@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,20 +15,16 @@ from typing import Any
 from torch import nn
 
 from deploykit.errors import ModelError, printable
+from deploykit.models import arguments
 from deploykit.models.architecture import Architecture, Weights
 from deploykit.recipe import ModelTable
-
-
-def is_user_code(name: str) -> bool:
-    """Whether a model's name is of the form FILE.py:factory or package.module:factory."""
-    return ":" in name
 
 
 def architecture(model: ModelTable) -> Architecture:
     """Import the user's code, which runs here and nowhere before, and find the factory.
 
     A file is found from the current directory, and may import its neighbours; a module may stand in the current
-    directory. What the code prints goes to stderr. The factory gets `num_classes` when it takes a parameter of that
+    directory. What the code prints goes to stderr. The factory gets `model.args`, and `num_classes` when it takes one of that
     name and a number is asked for; the network's own weights are whatever the factory put there.
 
     Raises ModelError, with the user's file and line, when the code or the factory is missing or raises, or when the
@@ -46,10 +41,12 @@ def architecture(model: ModelTable) -> Architecture:
     factory = _factory(module, factory_name, model.name)
 
     def build(classes: int | None) -> nn.Module:
-        arguments = {"num_classes": classes} if classes is not None and _takes_classes(factory) else {}
+        asked = {"num_classes": classes} if classes is not None and arguments.takes(factory, "num_classes") else {}
+        words = {**(model.args or {}), **asked}
+        arguments.check(factory, words, name=model.name)
         try:
             with _running(folder):
-                network = factory(**arguments)
+                network = factory(**words)
         except (Exception, SystemExit) as error:
             raise ModelError(f"{model.name} failed to build the network", why=explain(error, code)) from error
         if not isinstance(network, nn.Module):
@@ -136,13 +133,6 @@ def _factory(module: ModuleType, name: str, full_name: str) -> Callable[..., Any
             f"{full_name} is a {type(factory).__name__}, not a factory", fix=f"name a function in {file} that returns the network"
         )
     return factory
-
-
-def _takes_classes(factory: Callable[..., Any]) -> bool:
-    try:
-        return "num_classes" in inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # builtins and some C callables have no signature
-        return False
 
 
 @contextlib.contextmanager
