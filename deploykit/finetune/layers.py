@@ -1,0 +1,99 @@
+"""Which layers learn: the head, what a pattern names, or everything; the others stay as they are, their statistics too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from deploykit.errors import UsageError
+from deploykit.models import Model
+from deploykit.models.head import last_layer
+from deploykit.recipe import FinetuneTable
+
+
+def head_of(model: Model, which: str) -> str:
+    """The module path of the head: the last layer ("last"), or the outermost block that it stands in ("classifier").
+
+    Raises ModelError when no layer is as wide as the network's answer.
+    """
+    name = last_layer(model)
+    return name if which == "last" else name.partition(".")[0]
+
+
+def choose(model: Model, settings: FinetuneTable, *, head_only: bool) -> None:
+    """Let the parameters learn that this phase trains, and no others; changes `requires_grad` in place.
+
+    Raises UsageError when a pattern names no module, or nothing is left to learn.
+    """
+    module, head = model.module, head_of(model, settings.head) if head_only else ""
+    names = [name for name, _ in module.named_modules() if name]
+    patterns = {"freeze": settings.freeze, "unfreeze": settings.unfreeze}
+    unknown = [
+        f"finetune.{key}: {pattern}"
+        for key, listed in patterns.items()
+        for pattern in listed
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if unknown:
+        fix = f"modules are called {', '.join(names[:4])}, ...; a pattern such as layer4.* names all below one"
+        raise UsageError(f"these patterns name no module of {model.name}", problems=unknown, fix=fix)
+    for name, parameter in module.named_parameters():
+        owners = list(_owners(name))
+        learns = not head_only or head in owners
+        if _named(owners, settings.freeze):
+            learns = False
+        if _named(owners, settings.unfreeze):
+            learns = True
+        parameter.requires_grad_(learns)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError(
+            f"nothing of {model.name} is left to learn", why="finetune.freeze names every layer that would be trained"
+        )
+
+
+def train_mode(module: nn.Module) -> None:
+    """Train mode for the modules that learn as a whole, eval mode for the rest.
+
+    So BatchNorm of a frozen layer keeps its statistics, and dropout in front of a head that learns alone drops nothing.
+    """
+    module.eval()
+    for part in _wholly_learning(module):
+        part.train()
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a BatchNorm would look at the batch in train mode."""
+    parts = [part for whole in _wholly_learning(module) for part in whole.modules()]
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
+
+
+def set_dropout(module: nn.Module, share: float) -> int:
+    """Give every dropout layer this share; returns how many there are."""
+    layers = [part for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd)]
+    for layer in layers:
+        layer.p = share
+    return len(layers)
+
+
+def _wholly_learning(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules of which every parameter learns."""
+    learning = [parameter.requires_grad for parameter in module.parameters()]
+    if learning and all(learning):
+        yield module
+    elif any(learning):
+        for child in module.children():
+            yield from _wholly_learning(child)
+
+
+def _owners(parameter: str) -> Iterator[str]:
+    """The paths of all modules that a parameter belongs to, innermost first: a.b.weight -> a.b, a."""
+    parent = parameter.rpartition(".")[0]
+    while parent:
+        yield parent
+        parent = parent.rpartition(".")[0]
+
+
+def _named(owners: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(owner, pattern) for owner in owners for pattern in patterns)
