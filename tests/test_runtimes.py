@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from deploykit import build, runtimes
 from deploykit.artifact import Artifact
-from deploykit.errors import CapabilityError, DeploykitError, UsageError
+from deploykit.errors import DeploykitError, UsageError
 from deploykit.quantize import half
 from deploykit.runtimes import Entry, onnx_nodes, onnxruntime
 
@@ -51,9 +51,17 @@ class TestRegistry:
 
         assert "No module named 'deploykit.runtimes.imaginary'" in runtimes.why_not("imaginary")
 
-    def test_a_runtime_that_deploykit_only_writes_graphs_for_cannot_build(self):
-        with pytest.raises(CapabilityError, match=r"writes graphs for tensorrt but does not build them(.|\n)*try: .*trtexec"):
-            runtimes.get("tensorrt")
+    def test_without_tensorrt_it_says_what_is_missing_and_what_is_needed(self):
+        ended = fresh(
+            "import sys; sys.modules['tensorrt'] = None\n"
+            "from deploykit import runtimes\n"
+            "from deploykit.errors import CapabilityError\n"
+            "try: runtimes.get('tensorrt')\n"
+            "except CapabilityError as error: print(error.exit_code, error)"
+        )
+
+        assert ended.stdout.startswith("4 tensorrt does not load on this machine\n  why: TensorRT's Python package does not load")
+        assert "try: build it on a machine with an NVIDIA GPU and TensorRT 10.3 or later" in ended.stdout
 
     def test_a_runtime_that_can_be_used_has_no_reason_against_it(self):
         assert runtimes.why_not("onnxruntime") == ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deploykit.artifact import Artifact, Format, Samples, Tensors
 from deploykit.errors import CapabilityError, UsageError
-from deploykit.machine import cpu_features, has_int8_dot_product, installed_version
+from deploykit.machine import cpu_features, has_int8_dot_product
 
 Cpu = Literal["this", "any", "arm64"]
 _ARM64 = ("aarch64", "arm64")  # what Linux and what macOS call it
@@ -139,13 +139,12 @@ class QdqRules:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered runtime: its module (None: deploykit writes its graphs but does not drive it), its package, what to do
-    when it is missing, and its quantization rules (None: no INT8). `on_cpu` says whether INT8 depends on the CPU;
-    `signed_on_arm64`, whether its kernels for ARM's int8 dot product multiply signed by signed and do less with signed
-    activations; `profiles`, whether its module says what each kernel takes (`ProfilingRuntime`); `threads`, what the settings of
-    its engines call the number of threads."""
+    """One registered runtime: its module, its package, what to do when it is missing, and its quantization rules (None: no
+    INT8). `on_cpu` says whether INT8 depends on the CPU; `signed_on_arm64`, whether its kernels for ARM's int8 dot product
+    multiply signed by signed and do less with signed activations; `profiles`, whether its module says what each kernel takes
+    (`ProfilingRuntime`); `threads`, what the settings of its engines call the number of threads."""
 
-    module: str | None
+    module: str
     package: str
     install: str
     rules: QdqRules | None
@@ -175,13 +174,13 @@ REGISTRY: Mapping[str, Entry] = {
         QdqRules("uint8", bias="int32", weights="int8", outputs=True, add="both", share_concat_scale=False, float_results=True),
         threads="INFERENCE_NUM_THREADS",
     ),
-    # No module yet: deploykit writes the graph and the reference answers, and trtexec builds the engine on the device.
+    # Where there is no TensorRT, deploykit writes the graph and the reference answers, and the engine is built on the device.
     # TensorRT refuses uint8 data, asymmetric zero points and a DequantizeLinear on an int32 bias (onnx-tensorrt #850).
     # Its Conv + Add fusion takes the precision of the residual input, so only the skip branch carries Q/DQ.
     "tensorrt": Entry(
-        None,
+        "deploykit.runtimes.tensorrt",
         "tensorrt",
-        "build it on the device with trtexec",
+        "build it on a machine with an NVIDIA GPU and TensorRT 10.3 or later: JetPack has it, elsewhere pip install tensorrt",
         QdqRules("int8", bias="float", weights="float", outputs=False, add="skip", share_concat_scale=True),
         on_cpu=False,
     ),
@@ -216,11 +215,6 @@ def rules(name: str, cpu: Cpu = "this", *, arch: str | None = None, features: It
 def get(name: str) -> Runtime:
     """Import a runtime's module. Raises CapabilityError (exit 4) with what to install when its library is missing."""
     entry = REGISTRY[name]
-    if entry.module is None:
-        installed = installed_version(entry.package)
-        here = f"version {installed} of it is installed here" if installed else "nor is it installed here"
-        why = f"this version of deploykit writes graphs for {name} but does not build them; {here}"
-        raise CapabilityError(f"no {name} engine can be built", why=why, fix=entry.install)
     try:
         return cast(Runtime, importlib.import_module(entry.module))
     except ImportError as error:
@@ -230,7 +224,7 @@ def get(name: str) -> Runtime:
 def is_engine(artifact: Artifact) -> bool:
     """Whether it is an engine of a runtime that deploykit drives: a manifest from elsewhere may say anything."""
     entry = REGISTRY.get(str(artifact.facts.get("runtime")))
-    is_driven = entry is not None and entry.module is not None and entry.rules is not None
+    is_driven = entry is not None and entry.rules is not None
     return artifact.format is Format.ENGINE and is_driven
 
 
@@ -246,10 +240,12 @@ def why_not(name: str, cpu: Cpu = "this") -> str:
     if cpu == "arm64" and REGISTRY[name].on_cpu and platform.machine() not in _ARM64:
         return f"the INT8 graph is for arm64 CPUs, and this one is {platform.machine()}: build it there"
     try:
-        get(name)
+        module = get(name)
     except CapabilityError as error:
         return error.why
-    return ""
+    # A runtime on a GPU may load on a machine that has none.
+    found: Callable[[], str] | None = getattr(module, "why_not", None)
+    return found() if found is not None else ""
 
 
 def run(session: Session, inputs: Tensors) -> Tensors:

@@ -39,8 +39,33 @@ def read_nodes(path: Path) -> list[Node]:
 
 def external_tensors(path: Path) -> list[str]:
     """Names of the constants whose data lie in other files. Raises UsageError when the file is not ONNX."""
+    return [item.tensor for item in external(path, path.read_bytes())]
+
+
+@dataclass(frozen=True)
+class External:
+    """Where a constant's data lie outside of its file: `location` as the file says it, and the bytes there (0: to its end)."""
+
+    tensor: str
+    location: str
+    offset: int
+    length: int
+
+
+def external(path: Path, content: bytes) -> list[External]:
+    """The constants of an ONNX file with that content whose data lie in other files. Raises UsageError when it is not ONNX."""
     with _refusing(path):
-        return [_name(tensor) for graph in _graphs(path) for tensor in _tensors(graph) if 13 in dict(_fields(tensor))]
+        return [_external(tensor) for graph in _graphs_of(content) for tensor in _tensors(graph) if 13 in dict(_fields(tensor))]
+
+
+def require_one_file(path: Path) -> None:
+    """Raise UsageError for a graph whose weights lie beside it, as those above 2 GB do."""
+    if external_tensors(path):
+        raise UsageError(
+            f"{printable(path)} keeps its weights in another file",
+            why="above 2 GB, protobuf's limit, they lie beside the graph, and only FP32 engines of ONNX Runtime are made of that",
+            fix="a smaller network, or --to onnxruntime without --int8",
+        )
 
 
 def layers_of(model: Artifact, nodes: Sequence[Node]) -> list[Node]:
@@ -59,8 +84,22 @@ def _refusing(path: Path) -> Iterator[None]:
         raise UsageError(f"{printable(path)} is not an ONNX file", why=str(error)) from error
 
 
+def _external(tensor: memoryview) -> External:
+    """external_data (field 13) are pairs of a key (1) and a value (2); offset and length are decimal numbers."""
+    said: dict[str, str] = {}
+    for number, entry in _fields(tensor):
+        if number == 13:
+            pair = {kind: bytes(value).decode() for kind, value in _fields(entry)}
+            said[pair.get(1, "")] = pair.get(2, "")
+    return External(_name(tensor), said.get("location", ""), int(said.get("offset", "0")), int(said.get("length", "0")))
+
+
 def _graphs(path: Path) -> list[memoryview]:
-    graphs = [value for number, value in _fields(memoryview(path.read_bytes())) if number == 7]
+    return _graphs_of(path.read_bytes())
+
+
+def _graphs_of(content: bytes) -> list[memoryview]:
+    graphs = [value for number, value in _fields(memoryview(content)) if number == 7]
     if not graphs:
         raise ValueError("it holds no graph")
     return graphs

@@ -23,12 +23,13 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
 
+from deploykit import scenes
 from deploykit.artifact import Artifact, Format, Precision, Samples, Tensors
 from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
 from deploykit.machine import Machine, available_cores, cpu_features
 from deploykit.runtimes import KernelTime, LayerPrecision, Realised, answers, check_inputs, pieces, run
-from deploykit.runtimes.onnx_nodes import Node, layers_of, read_nodes
+from deploykit.runtimes.onnx_nodes import Node, external, layers_of, read_nodes
 
 ENGINE = "engine.onnx"
 VERSION: str = onnxruntime.__version__
@@ -63,6 +64,10 @@ class OnnxSession:
         self._binding = session.io_binding()
         self._expected = [(item.name, _DTYPES.get(item.type, item.type), item.shape) for item in session.get_inputs()]
         self._outputs = [item.name for item in session.get_outputs()]
+        sizes = {size for _, _, shape in self._expected for size in shape}
+        # As many boxes as there are: answers to inputs of one size may differ in size.
+        given = [size for item in session.get_outputs() for size in item.shape if not isinstance(size, int)]
+        self._is_open = any(size not in sizes for size in given)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
 
@@ -70,14 +75,15 @@ class OnnxSession:
         """Copy the inputs into buffers that belong to the session."""
         check_inputs(inputs, self._expected)
         shapes = {name: array.shape for name, array in inputs.items()}
+        if shapes != self._shapes or self._is_open:
+            # ONNX Runtime keeps the outputs it allocated in the binding and refuses them for another batch.
+            for name in self._outputs:
+                self._binding.bind_output(name, "cpu")
         if shapes == self._shapes:
             # The same memory again, as a program would have it that measures no allocation.
             for name, array in inputs.items():
                 self._buffers[name].update_inplace(array)
             return
-        # ONNX Runtime keeps the outputs it allocated in the binding and refuses them for another batch.
-        for name in self._outputs:
-            self._binding.bind_output(name, "cpu")
         for name, array in inputs.items():
             self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array))
             self._binding.bind_ortvalue_input(name, self._buffers[name])
@@ -114,8 +120,11 @@ def build(model: Artifact, folder: Path, *, threads: int) -> Artifact:
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(folder / ENGINE)
+    content = _content(model.path)
+    if isinstance(content, Path):  # above what one file holds, the engine too has its weights beside it
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{ENGINE}.data")
     try:
-        _open(model.path.read_bytes(), options, model.path, disabled=_NOT_OURS)
+        _open(content, options, model.path, disabled=_NOT_OURS)
     except DeploykitError:
         # ONNX Runtime calls a full disk a failed serialization; one more file of that size makes the disk itself answer.
         (folder / "probe").write_bytes(bytes(model.path.stat().st_size))
@@ -153,7 +162,7 @@ def load(engine: Artifact) -> OnnxSession:
     options = _options(_threads(engine))
     # The optimizer has run offline; running it again only costs time at load.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return OnnxSession(_open(engine.path.read_bytes(), options, engine.path))
+    return OnnxSession(_open(_content(engine.path), options, engine.path))
 
 
 def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, arena: bool = True) -> OnnxSession:
@@ -166,7 +175,7 @@ def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, 
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena
-    content = model if isinstance(model, bytes) else model.read_bytes()
+    content = model if isinstance(model, bytes) else _content(model)
     return OnnxSession(_open(content, options, model if isinstance(model, Path) else Path("model.onnx")))
 
 
@@ -174,7 +183,7 @@ def optimized(model: Path, *, threads: int = 1) -> OnnxSession:
     """Open an ONNX file with the optimizations of `build`, done in memory for the CPU that this process runs on."""
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return OnnxSession(_open(model.read_bytes(), options, model, disabled=_NOT_OURS))
+    return OnnxSession(_open(_content(model), options, model, disabled=_NOT_OURS))
 
 
 def write_optimized(content: bytes, path: Path) -> None:
@@ -203,9 +212,12 @@ def literally(model: Artifact, path: Path, samples: Samples) -> Samples:
     `model` says what the graph's input and output are.
     """
     session = reference(path)
-    answered = answers(session, model, pieces(model, samples))
+    if scenes.kind_of(model.outputs) == "boxes":
+        expected = scenes.stacked([run(session, {model.inputs[0].name: piece}) for piece in pieces(model, samples)])
+    else:
+        expected = {model.outputs[0].name: answers(session, model, pieces(model, samples))}
     session.close()
-    return replace(samples, expected={model.outputs[0].name: answered})
+    return replace(samples, expected=expected)
 
 
 def realised(engine: Artifact, model: Artifact) -> Realised:
@@ -227,7 +239,7 @@ def profile(engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder, "profile"))
-        opened = _open(engine.path.read_bytes(), options, engine.path)
+        opened = _open(_content(engine.path), options, engine.path)
         session = OnnxSession(opened)
         for _ in range(2 * queries):
             run(session, inputs)
@@ -311,6 +323,36 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     return options
+
+
+def _content(path: Path) -> bytes | Path:
+    """What is opened of a file: its bytes, or the path where its weights lie beside it, as in files of ours above 2 GB.
+
+    Given bytes, ONNX Runtime refuses external data. So a path is given only where all of them are in PATH.data, in the same
+    folder, no link, and within its size. Raises UsageError elsewhere.
+    """
+    content = path.read_bytes()
+    try:
+        outside = external(path, content)
+    except UsageError:  # what is wrong with it is for ONNX Runtime to say
+        return content
+    if not outside:
+        return content
+    beside = path.with_name(f"{path.name}.data")
+    size = beside.stat().st_size if beside.is_file() and not beside.is_symlink() else -1
+    problems = [f"{item.tensor}: its data are in {item.location!r}" for item in outside if item.location != beside.name]
+    problems += [
+        f"{item.tensor}: bytes {item.offset} to {item.offset + item.length} of a file of {size}"
+        for item in outside
+        if item.offset < 0 or item.length < 0 or item.offset + item.length > size
+    ]
+    if problems or size < 0:
+        raise UsageError(
+            f"{printable(path)} keeps weights outside of it",
+            problems=problems[:5],
+            why=f"only {printable(beside.name)} beside it is read, a file and no link" + ("; there is none" if size < 0 else ""),
+        )
+    return path
 
 
 def _open(

@@ -59,6 +59,21 @@ def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
+def write_scripted(module: nn.Module, path: Path) -> None:
+    """Compile `module` in eval mode with the control flow of its code, and save it at `path`. Raises StageError where it cannot.
+
+    Not frozen: detectors remember whether they have warned, and what a program changes cannot be made a constant.
+    """
+    try:
+        with _without_deprecation():
+            content = io.BytesIO()
+            torch.jit.save(torch.jit.script(module), content)
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise StageError("the network cannot be compiled to TorchScript", why=" ".join(lines[:3])) from error
+    path.write_bytes(content.getbuffer())
+
+
 def load(model: Artifact) -> TorchScriptSession:
     """Open a TorchScript file. Loading one runs the program in it: only what this run made and what the user trusts come here."""
     with _without_deprecation():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import networks
 import numpy as np
 import pytest
+from fake_cuda import FakeCuda
+from fake_tensorrt import World, installed
 
 from deploykit import build, export, runtimes
 from deploykit.artifact import Artifact
@@ -16,14 +18,18 @@ from deploykit.recipe import ExportTable
 from deploykit.runtimes import Session, run
 
 
-@pytest.fixture(scope="session")
-def engines(portable, tmp_path_factory) -> dict[str, Artifact]:
+@pytest.fixture(scope="module")
+def engines(portable, tmp_path_factory) -> Iterator[dict[str, Artifact]]:
+    """One network for every runtime; TensorRT's is a fake, so what is held here is our session on top of it."""
     folder = tmp_path_factory.mktemp
     script = export.torchscript_model(
         networks.model("residual"), networks.images(8), None, ExportTable(formats=("torchscript",)), folder("torchscript")
     )
-    built = {name: build.build(portable("residual"), name, folder(name)) for name in ("onnxruntime", "openvino")}
-    return {**built, "torchscript": script}
+    with installed(World("10.3.0", FakeCuda())), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder("caches")))
+        names = ("onnxruntime", "openvino", "tensorrt")
+        built = {name: build.build(portable("residual"), name, folder(name)) for name in names}
+        yield {**built, "torchscript": script}
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def load(engines) -> Callable[[str], Session]:
     return lambda name: runtimes.get(name).load(engines[name])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torchscript"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "torchscript"])
 class TestEveryRuntime:
     def test_it_answers_like_pytorch(self, load, name):
         inputs = networks.images(4, seed=5)

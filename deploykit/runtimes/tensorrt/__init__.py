@@ -1,0 +1,180 @@
+"""TensorRT 10.3 to 11.4 on the first GPU: the engine is a serialized plan, beside it what it consists of.
+
+This module runs on devices: standard library, numpy and tensorrt only, Python 3.10. The CUDA runtime is loaded by ctypes.
+None of it has been run on TensorRT itself: docs/tensorrt.md says what was checked, and how.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from deploykit.artifact import Artifact, Format, Tensors
+from deploykit.errors import UsageError, printable
+from deploykit.jsonable import JSON, to_json
+from deploykit.machine import Machine
+from deploykit.progress import Progress, silent
+from deploykit.runtimes import KernelTime, Realised, cudart
+from deploykit.runtimes.cudart import Cuda
+from deploykit.runtimes.onnx_nodes import Node, layers_of, read_nodes
+
+try:
+    import tensorrt as trt
+except ImportError as error:
+    # Both reasons at once: who installs the one only to read of the other has been sent round twice.
+    also = cudart.why_not()
+    raise ImportError(f"TensorRT's Python package does not load ({error}){'; and ' * bool(also)}{also}") from error
+
+from deploykit.runtimes.tensorrt import builder, inspector, timing_cache
+from deploykit.runtimes.tensorrt.builder import Options
+from deploykit.runtimes.tensorrt.callbacks import Log
+from deploykit.runtimes.tensorrt.compatibility import Hardware, Place, why_refused
+from deploykit.runtimes.tensorrt.inspector import EngineLayer
+from deploykit.runtimes.tensorrt.session import TensorRtSession
+
+ENGINE = "engine.plan"
+LAYERS = "layers.json"  # the engine inspector's words, written when the engine was built
+_OLDEST = (10, 3)
+_WORKSPACE_SHARE = 4  # a quarter of the free memory: on a board, builder, ONNX file and weights share it with everybody else
+
+
+def build(
+    model: Artifact, folder: Path, *, threads: int, options: Options | None = None, progress: Progress = silent
+) -> Artifact:
+    """Build an engine for this GPU into `folder`, load it once, and write down what it consists of.
+
+    `threads` is the builder's. Without `options` it is built with TensorRT's own defaults, for batches of 1 to 32 where the model
+    has a dynamic one, and with the timing cache of this user.
+    """
+    options = options or Options(timing_cache=timing_cache.default_folder())
+    cuda = cudart.load()
+    device = cuda.device()
+    workspace = options.workspace_bytes or cuda.free_bytes() // _WORKSPACE_SHARE
+    cache = options.timing_cache and options.timing_cache / timing_cache.file_name(trt.__version__, device)
+    log = Log()
+    plan = builder.build(
+        model.path,
+        model.inputs,
+        options,
+        log,
+        workspace_bytes=workspace,
+        cache_file=cache,
+        threads=threads,
+        progress=progress,
+    )
+    (folder / ENGINE).write_bytes(plan.content)
+    (folder / LAYERS).write_text(_inspected(plan.content, options, cuda, log))
+    place = Place(platform.machine(), trt.__version__, device)
+    return replace(
+        model,
+        path=folder / ENGINE,
+        stage="build",
+        format=Format.ENGINE,
+        parents=(model.sha256,),
+        settings=_settings(options, workspace, threads),
+        tools={"tensorrt": trt.__version__},
+        facts={"runtime": "tensorrt", "place": to_json(place), "profile": to_json(plan.profile), **plan.facts},
+        machine=Machine.probe(),
+    )
+
+
+def load(engine: Artifact) -> TensorRtSession:
+    """Open an engine. One that cannot run here is refused with the reasons (UsageError) before TensorRT sees it."""
+    cuda = cudart.load()
+    return _session(engine, cuda)
+
+
+def realised(engine: Artifact, model: Artifact) -> Realised:
+    """What each Conv, Gemm and MatMul of `model` runs in, by the engine inspector when it was built; needs no GPU."""
+    layers = inspector.read((engine.folder / LAYERS).read_text())
+    return inspector.realised(layers, layers_of(model, read_nodes(model.path)), model)
+
+
+def profile(engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int) -> list[KernelTime]:
+    """Median time of every layer of the engine over `queries` runs, after as many to warm up. No CUDA graph: it hides layers."""
+    session = _session(engine, cudart.load(), graphs=False)
+    try:
+        session.feed(inputs)
+        for _ in range(queries):
+            session.execute()
+        times = session.layer_times(queries)
+        layers = {layer.name: layer for layer in inspector.read(session.layers())}
+    finally:
+        session.close()
+    wanted = layers_of(model, read_nodes(model.path))
+    return [_timed(name, ns, layers.get(name), wanted) for name, ns in times.items()]
+
+
+def _timed(name: str, ns: float, layer: EngineLayer | None, wanted: Sequence[Node]) -> KernelTime:
+    if layer is None:
+        return KernelTime(name, "unknown", "", ns, 0)
+    return KernelTime(name, layer.kind, inspector.source_of(layer, wanted), ns, layer.elements)
+
+
+def why_not() -> str:
+    """Why no engine can be built or run on this machine; empty when it can."""
+    version = trt.__version__
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
+        return (
+            f"TensorRT {version} is installed, and deploykit needs 10.3 or later: older ones cannot take precision from the graph"
+        )
+    return cudart.why_not()
+
+
+def _session(engine: Artifact, cuda: Cuda, *, graphs: bool = True) -> TensorRtSession:
+    settings = engine.settings
+    is_version_compatible = settings.get("version_compatible") is True
+    here = Place(platform.machine(), trt.__version__, cuda.device())
+    built = _place(engine)
+    problems = why_refused(
+        built, here, version_compatible=is_version_compatible, hardware=cast(Hardware, settings.get("hardware", "this"))
+    )
+    if problems:
+        raise UsageError(
+            f"cannot load {printable(engine.path)} on this machine",
+            problems=problems,
+            why=f"it was built for {built}; here: {here}",
+            fix="build it here from the portable ONNX file",
+        )
+    return _opened(engine.path.read_bytes(), cuda, Log(), graphs=graphs, host_code=is_version_compatible)
+
+
+def _opened(content: bytes, cuda: Cuda, log: Log, *, graphs: bool, host_code: bool) -> TensorRtSession:
+    with log.constructing("runtime"):
+        runtime = trt.Runtime(log)
+    if host_code:
+        # A version-compatible plan holds code for the CPU: TensorRT runs it only when it is told to.
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise log.failure("TensorRT does not load the engine", fix="build it again on this machine from the portable ONNX file")
+    return TensorRtSession(engine, cuda, log, graphs=graphs)
+
+
+def _inspected(content: bytes, options: Options, cuda: Cuda, log: Log) -> str:
+    """What a new engine consists of; so one that does not load is found out when it is built."""
+    session = _opened(content, cuda, log, graphs=False, host_code=options.version_compatible)
+    try:
+        text = session.layers()
+        inspector.read(text)
+        return text
+    finally:
+        session.close()
+
+
+def _settings(options: Options, workspace_bytes: int, threads: int) -> dict[str, JSON]:
+    asked = cast("dict[str, JSON]", to_json(options))
+    del asked["timing_cache"]  # where it lies says nothing about the engine; the facts tell what became of it
+    return {**asked, "workspace_bytes": workspace_bytes, "builder_threads": threads}
+
+
+def _place(engine: Artifact) -> Place:
+    try:
+        return Place.from_json(cast(Mapping[str, Any], engine.facts["place"]))
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"its manifest does not say where it was built ({type(error).__name__}: {error})"
+        raise UsageError(f"cannot load {printable(engine.path)}", why=why, fix="build it with deploykit") from error
