@@ -1,0 +1,527 @@
+"""The device half: what a device does with bundles, one command each, its answer as JSON on standard output.
+
+    python3 device.pyz install my-net.bundle --root /opt/deploykit/my-net
+
+In order: install, build, parity, benchmark where there is a latency to be kept, activate; each one refuses until the one
+before has succeeded, and each one that has been done already does nothing. Nothing of a bundle is executed before its
+signature (where signers are known), its manifest and the digest of every file have been checked.
+
+Exit codes are those of the command line of the host: 0 done, 1 failed, 2 usage, 3 a gate failed, 4 this machine lacks what
+was required, 5 a gate cannot be decided.
+
+This module runs on devices: standard library, numpy and one runtime, Python 3.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import numpy as np
+
+from deploykit import artifact, benchmark, bundle, infer, parity, publish, runtimes, slots
+from deploykit import build as builder
+from deploykit.artifact import Artifact, Precision, Samples, read_artifact
+from deploykit.benchmark import judge
+from deploykit.bundle import Manifest
+from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
+from deploykit.gate import EXIT_CODES, Verdict, parse_rule, worst
+from deploykit.jsonable import digest, to_json
+from deploykit.machine import Machine, installed_version
+from deploykit.slots import Moment
+
+SIGNERS = "allowed_signers"
+_RESERVE_BYTES = 16 << 20
+_BUILD_COPIES = 4  # the engine, its golden samples, and what the optimizer writes on the way
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found, as plain JSON values, and its exit code."""
+
+    facts: Mapping[str, Any]
+    code: int = 0
+
+
+def main() -> NoReturn:
+    """Run the command in `sys.argv`, write its answer as JSON, and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command; its answer, or the error, goes to standard output as one JSON document."""
+    if list(words[:1]) == [benchmark.CHILD]:
+        runpy.run_module("deploykit.benchmark.process", run_name="__main__")
+        return 0
+    asked = _parser().parse_args(words)
+    try:
+        answer: Answer = asked.does(asked)
+    except DeploykitError as error:
+        facts = {"what": error.what, "problems": list(error.problems), "why": error.why, "fix": error.fix}
+        answer = Answer({"error": facts}, error.exit_code)
+    sys.stdout.write(json.dumps({**to_json_object(answer.facts), "exit_code": answer.code}, indent=1) + "\n")
+    return answer.code
+
+
+def to_json_object(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as plain JSON values; a number that JSON has not (infinity, NaN) becomes text."""
+    return cast(dict[str, Any], _finite(to_json(facts)))
+
+
+def probe(_asked: argparse.Namespace) -> Answer:
+    """What this device is: machine, versions, and which runtimes load."""
+    names = ("onnxruntime", "openvino", "tensorrt")
+    found = {name: runtimes.why_not(name) or "loads" for name in names if installed_version(runtimes.REGISTRY[name].package)}
+    return Answer({"machine": Machine.probe(), "runtimes": found})
+
+
+def check(asked: argparse.Namespace) -> Answer:
+    """Check every file of a bundle, and its signature where signers are known."""
+    found = bundle.check(asked.bundle, signers=_signers(asked))
+    return Answer({**bundle.described(found), "is_whole": found.is_whole}, 0 if found.is_whole else 1)
+
+
+def install(asked: argparse.Namespace) -> Answer:
+    """Check a bundle and write its files as a release, which is not current yet."""
+    root, signers = asked.root, _signers(asked)
+    found = bundle.check(asked.bundle, signers=signers)
+    bundle.require_whole(asked.bundle, found)
+    with slots.exclusive(root), bundle.opened(asked.bundle, signers=signers) as opened:
+        recovered = slots.recover(root, Moment.now())
+        manifest = opened.manifest
+        _refuse_other(root, manifest, asked.allow_downgrade)
+        _require_space(root, sum(blob.size for blob in manifest.files.values()))
+        is_new = slots.install(root, manifest.id, lambda folder: _fill(folder, opened))
+        if not is_new and manifest.release > _check_release(root, manifest.id).release:
+            slots.note_number(root, manifest.id, manifest.release)
+    facts = {"id": manifest.id, "release": manifest.release, "verdict": manifest.verdict}
+    return Answer({**facts, "installed": is_new, "recovered": recovered})
+
+
+def build(asked: argparse.Namespace) -> Answer:
+    """Build the engine of a release for this machine."""
+    root, id = asked.root, asked.id
+    with slots.exclusive(root):
+        slots.recover(root, Moment.now())
+        manifest = _check_release(root, id)
+        label = _label(manifest, asked.model)
+        runtime, model = label.partition("-")[0], read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
+        _require_space(root, _BUILD_COPIES * model.path.stat().st_size)
+        key = _machine_key(runtime)
+        final = root / slots.ENGINES / id / f"{label}-{asked.threads}-{key}"
+        found = artifact.find(final, key)
+        if found is None:
+            _refuse_replacing(root, id, final)
+            slots.make_folder(final.parent)
+        made = found or artifact.make(final, key, lambda folder: builder.build(model, runtime, folder, threads=asked.threads))
+    return Answer(
+        {"id": id, "engine": final.name, "built": found is None, "sha256": made.sha256, "bytes": made.path.stat().st_size}
+    )
+
+
+def check_parity(asked: argparse.Namespace) -> Answer:
+    """Judge the engine's answers to the golden samples, and which layers really run in int8."""
+    root, id = asked.root, asked.id
+    with slots.exclusive(root):
+        slots.recover(root, Moment.now())
+        engine = _engine(root, id, asked.engine)
+        health = slots.read_health(root, id)
+        found = health.checked.get(engine.folder.name)
+        if found is None or found["identity"] != engine.identity:
+            parts = {"parity": _parity(engine), "precision": _precision(engine, _model_of(root, id, engine))}
+            found = {"identity": engine.identity, **parts}
+            _keep(root, id, engine, found)
+    verdicts = [Verdict(found[part]["verdict"]) for part in ("parity", "precision")]
+    return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[worst(verdicts)])
+
+
+def measure(asked: argparse.Namespace) -> Answer:
+    """Latency in fresh processes, judged by the rules that the bundle brings."""
+    root, id = asked.root, asked.id
+    with slots.exclusive(root):
+        slots.recover(root, Moment.now())
+        manifest, engine = _check_release(root, id), _engine(root, id, asked.engine)
+        found = _proven(root, id, engine)
+        settings = {"processes": asked.processes, "queries": asked.queries, "warmup": 5, "seed": 0}
+        report = benchmark.benchmark({id: engine}, **settings, offline_batches=[1], offline_seconds=0.0)
+        gates = [judge.judge(parse_rule(text), report, id) for text in manifest.gate]
+        latency = {"median_ns": report.engine(id).median_ns, "doubts": report.doubts, "gates": gates, "rules": manifest.gate}
+        verdict = worst([gate.verdict for gate in gates])
+        # Without a rule nothing was asked, and what was asked for nothing passes.
+        found = {**found, "latency": to_json({**latency, "verdict": verdict or Verdict.PASS})}
+        _keep(root, id, engine, found)
+    return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[verdict])
+
+
+def activate(asked: argparse.Namespace) -> Answer:
+    """Make a release that passed its gates here the current one, with the engine that passed them."""
+    root, id = asked.root, asked.id
+    with slots.exclusive(root):
+        slots.recover(root, Moment.now())
+        manifest, before = _check_release(root, id), slots.current(root)
+        if before == id and _is_running(root, id, asked.engine):
+            return Answer({"id": id, "activated": False})
+        _refuse_other(root, manifest, asked.allow_downgrade)
+        slots.refuse_during_trial(root, id)
+        engine = _checked_engine(root, id, asked.engine)
+        found = _proven(root, id, engine)
+        verdicts = _verdicts(id, found, manifest)
+        if (verdict := worst(verdicts.values())) is not Verdict.PASS:
+            why = {part: found[part] for part, said in verdicts.items() if said is not Verdict.PASS}
+            return Answer({"id": id, "activated": False, "current": before, "refused": why}, EXIT_CODES[verdict])
+        _run_with(root, id, engine, verdicts, is_trial=asked.confirm_within is not None)
+        note = f"downgrade to release {manifest.release} ({id})" if _is_downgrade(root, manifest) else ""
+        slots.activate(root, id, within_s=asked.confirm_within, now=Moment.now(), note=note)
+    gate = "kept" if manifest.gate else "the bundle has no latency budget, so none was checked"
+    facts = {"id": id, "engine": engine.folder.name, "activated": True, "previous": slots.previous(root)}
+    return Answer({**facts, "latency": gate, "confirm_within_s": asked.confirm_within})
+
+
+def rollback(asked: argparse.Namespace) -> Answer:
+    """Go back to the previous release."""
+    with slots.exclusive(asked.root):
+        slots.recover(asked.root, Moment.now())
+        left = slots.current(asked.root)
+        return Answer({"current": slots.rollback(asked.root), "left": left})
+
+
+def confirm(asked: argparse.Namespace) -> Answer:
+    """Keep the release that is on trial; exit code 1 when none is, such as when its time was over."""
+    with slots.exclusive(asked.root):
+        recovered = slots.recover(asked.root, Moment.now())
+        trial = slots.read_state(asked.root).trial
+        if trial is not None and asked.id not in (None, trial.id):
+            raise UsageError(f"{printable(asked.id)} is not on trial", why=f"the release {trial.id} is")
+        confirmed = slots.confirm(asked.root)
+        facts = {"confirmed": confirmed, "current": slots.current(asked.root), "recovered": recovered}
+    return Answer(facts, 0 if confirmed else 1)
+
+
+def status(asked: argparse.Namespace) -> Answer:
+    """What is current, previous, installed and on trial."""
+    found = slots.status(asked.root, Moment.now())
+    ids = [id for id in (found["current"], found["previous"]) if id is not None]
+    numbers = {id: _manifest(asked.root, id).release for id in ids}
+    return Answer({**found, "release_numbers": numbers})
+
+
+def recover(asked: argparse.Namespace) -> Answer:
+    """Finish or undo what was interrupted; go back where a trial was not confirmed in time."""
+    with slots.exclusive(asked.root):
+        return Answer({"done": slots.recover(asked.root, Moment.now()), "current": slots.current(asked.root)})
+
+
+def collect_garbage(asked: argparse.Namespace) -> Answer:
+    """Remove releases that are neither current nor previous nor in use."""
+    with slots.exclusive(asked.root):
+        slots.recover(asked.root, Moment.now())
+        return Answer({"removed": slots.collect_garbage(asked.root)})
+
+
+def infer_file(asked: argparse.Namespace) -> Answer:
+    """The current release's answer to one file."""
+    opened = infer.open_current(asked.root)
+    try:
+        found = infer.answer(opened, infer.read_input(asked.file, opened.engine))
+    finally:
+        opened.close()
+    classes = opened.engine.classes
+    if not isinstance(found, np.ndarray) or found.ndim > 2 or found.shape[-1:] != (len(classes),):
+        return Answer({"release": opened.id, "answer": found})
+    rows = np.atleast_2d(found)
+    best = np.argsort(-rows, axis=1, kind="stable")[:, :_TOP]
+    top = [
+        [{"class": classes[i], "value": row[i]} for i in order] for row, order in zip(rows.tolist(), best.tolist(), strict=True)
+    ]
+    return Answer({"release": opened.id, "top": top})
+
+
+def _parity(engine: Artifact) -> dict[str, Any]:
+    """Conversion error on the golden samples: the engine against its own graph executed literally."""
+    if len(engine.outputs) != 1:
+        raise CapabilityError("parity on a device knows networks with one output", why=f"this one has {len(engine.outputs)}")
+    samples = _samples(engine)
+    session = runtimes.get(str(engine.facts["runtime"])).load(engine)
+    try:
+        answered = runtimes.answers(session, engine, runtimes.pieces(engine, samples))
+    finally:
+        session.close()
+    found = parity.conversion({engine.outputs[0].name: answered}, samples, engine.precision)
+    return cast(dict[str, Any], _finite(to_json(found)))
+
+
+def _samples(engine: Artifact) -> Samples:
+    """The golden samples, which are as strange as whoever packed them. Pickles in them are refused, not opened."""
+    try:
+        found = engine.samples()
+        names = {spec.name for spec in engine.outputs}
+        if (
+            not {spec.name for spec in engine.inputs} <= found.inputs.keys()
+            or not names == found.expected.keys() == found.reference.keys()
+        ):
+            raise ValueError("they are not of this network's inputs and outputs")
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"the golden samples of {engine.folder.name} cannot be used", why=str(error)) from error
+    return found
+
+
+def _precision(engine: Artifact, model: Artifact) -> dict[str, Any]:
+    """Which layers run in int8, and those that were meant to and do not."""
+    found = runtimes.get(str(engine.facts["runtime"])).realised(engine, model)
+    if model.precision is not Precision.INT8:
+        return {"verdict": Verdict.PASS.value, "int8": found.int8, "layers": len(found.layers), "in_float": []}
+    kept = set(cast(Mapping[str, str], model.facts.get("kept_float", model.facts.get("float_layers", {}))))
+    floats = [f"{layer.name}: {layer.why}" for layer in found.layers if layer.precision != "int8" and layer.name not in kept]
+    verdict = Verdict.FAIL if floats else Verdict.PASS
+    return {"verdict": verdict.value, "int8": found.int8, "layers": len(found.layers), "in_float": floats}
+
+
+def _is_running(root: Path, id: str, asked: str | None) -> bool:
+    """Whether a current release runs with the engine that was asked for: any, when none was, that is for this machine."""
+    running = slots.read_health(root, id).running
+    if running is None:
+        return False
+    key = _machine_key(running.engine.partition("-")[0])
+    return running.engine.endswith(f"-{key}") if asked is None else running.engine == asked
+
+
+def _checked_engine(root: Path, id: str, asked: str | None) -> Artifact:
+    """The engine to activate: the one that was named, or the only one for this machine."""
+    if not slots.read_health(root, id).checked:
+        raise UsageError(f"the release {id} has not been checked on this device", fix="run build and parity first")
+    engine = _engine(root, id, asked)
+    runtimes.get(str(engine.facts["runtime"])).load(engine).close()
+    return engine
+
+
+def _verdicts(id: str, found: Mapping[str, Any], manifest: Manifest) -> dict[str, Verdict]:
+    """What was said of each part that this release has to pass."""
+    if manifest.gate and "latency" not in found:
+        raise UsageError(f"the release {id} has a latency budget and was not measured", fix="run benchmark first")
+    parts = ("parity", "precision", *(["latency"] if manifest.gate else []))
+    return {part: Verdict(found[part]["verdict"]) for part in parts}
+
+
+def _run_with(root: Path, id: str, engine: Artifact, verdicts: Mapping[str, Verdict], *, is_trial: bool) -> None:
+    """Let the release run with this engine: from now on when it is current, else from its activation on."""
+    if is_trial and slots.current(root) == id:
+        why = "a trial goes back to another release, and not to another engine"
+        raise UsageError(f"the release {id} is current already", why=why, fix="leave --confirm-within out")
+    running = slots.Running(engine.folder.name, engine.identity, verdicts)
+    slots.write_health(root, id, replace(slots.read_health(root, id), running=running))
+
+
+def _proven(root: Path, id: str, engine: Artifact) -> Mapping[str, Any]:
+    """What was said of this engine, as it is now."""
+    found = slots.read_health(root, id).checked.get(engine.folder.name)
+    if found is None:
+        raise UsageError(f"the engine {engine.folder.name} of release {id} has not been checked yet", fix="run parity first")
+    if found["identity"] != engine.identity:
+        raise UsageError(f"the engine of release {id} is another one than was checked", fix="run parity again")
+    return found
+
+
+def _keep(root: Path, id: str, engine: Artifact, found: Mapping[str, Any]) -> None:
+    """Write down what was said of one engine; what was said of others, and which one runs, stays."""
+    health = slots.read_health(root, id)
+    slots.write_health(root, id, replace(health, checked={**health.checked, engine.folder.name: found}))
+
+
+def _fill(folder: Path, opened: bundle.Bundle) -> None:
+    """A release's files by their names; every blob is hashed while it is written."""
+    for name, blob in opened.manifest.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for piece in bundle.pieces(opened, blob):
+                file.write(piece)
+    (folder / bundle.MANIFEST).write_bytes(opened.content)
+    if opened.signature is not None:
+        (folder / bundle.SIGNATURE).write_bytes(opened.signature)
+
+
+def _manifest(root: Path, id: str) -> Manifest:
+    """The manifest of an installed release, with the highest number it came under; the identity does not depend on that."""
+    path = slots.release_folder(root, id) / bundle.MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{printable(root)} has no release {id}", fix="install it first")
+    manifest = bundle.parse(path.read_bytes(), printable(path))
+    if manifest.id != id:
+        raise UsageError(f"{printable(path)} is damaged", why="it is the manifest of another release")
+    return replace(manifest, release=slots.number(root, id, manifest.release))
+
+
+def _check_release(root: Path, id: str) -> Manifest:
+    """The manifest of an installed release whose files are all as they were installed."""
+    manifest, folder = _manifest(root, id), slots.release_folder(root, id)
+    problems = [
+        name
+        for name, blob in manifest.files.items()
+        if not (folder / name).is_file() or artifact.digest_file(folder / name) != blob.sha256
+    ]
+    if problems:
+        fix = "go back to another release, collect garbage, and install it again"
+        raise UsageError(f"the release {id} is damaged", problems=problems[:20], fix=fix)
+    return manifest
+
+
+def _refuse_other(root: Path, manifest: Manifest, allow_downgrade: bool) -> None:
+    """Raise UsageError for another network than runs here, or an older release of it that nobody asked for."""
+    running = slots.current(root)
+    if running is None:
+        return
+    name = _manifest(root, running).name
+    if name != manifest.name:
+        raise UsageError(
+            f"{printable(root)} is of the network {name}", why=f"the bundle is of {manifest.name}", fix="another --root"
+        )
+    if _is_downgrade(root, manifest) and not allow_downgrade:
+        number = _manifest(root, running).release
+        why = f"it is release {manifest.release}, and release {number} runs here"
+        raise UsageError("the bundle is older than what runs here", why=why, fix="--allow-downgrade, when that is meant")
+
+
+def _is_downgrade(root: Path, manifest: Manifest) -> bool:
+    running = slots.current(root)
+    return running is not None and manifest.release < _manifest(root, running).release
+
+
+def _refuse_replacing(root: Path, id: str, final: Path) -> None:
+    """An engine that answers right now is not built over: between two renames there would be none."""
+    if final.exists() and slots.current(root) == id:
+        raise UsageError(f"the engine {final.name} of the current release is damaged", fix="roll back, then build it again")
+
+
+def _label(manifest: Manifest, asked: str | None) -> str:
+    """Which graph of a bundle to build: the one that was named, or the only one whose runtime is here."""
+    if asked is not None:
+        if asked not in manifest.models:
+            raise UsageError(f"the bundle has no graph {asked!r}", why=f"it has {', '.join(manifest.models) or 'none'}")
+        return asked
+    why = {
+        label: runtimes.why_not(label.partition("-")[0])
+        for label in manifest.models
+        if label.partition("-")[0] in runtimes.REGISTRY
+    }
+    able = [label for label, reason in why.items() if not reason]
+    if not able:
+        problems = [f"{label}: {reason}" for label, reason in why.items()]
+        raise CapabilityError("no graph of the bundle can be built here", problems=problems)
+    if len(able) > 1:
+        raise UsageError(f"several graphs can be built here: {', '.join(able)}", fix="name one with --model")
+    return able[0]
+
+
+def _engine(root: Path, id: str, asked: str | None) -> Artifact:
+    """The engine of a release that was named, or the only one for this machine."""
+    folder = root / slots.ENGINES / slots.release_folder(root, id).name
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in found if not name.endswith(publish.UNFINISHED)]
+    keys = {runtime: _machine_key(runtime) for runtime in {name.partition("-")[0] for name in found}}
+    names = [name for name in found if name == asked or (asked is None and name.endswith(f"-{keys[name.partition('-')[0]]}"))]
+    if not names:
+        raise UsageError(f"there is no engine of release {id} for this machine", fix="run build first")
+    if len(names) > 1:
+        raise UsageError(f"there are several engines of release {id}: {', '.join(names)}", fix="name one with --engine")
+    return read_artifact(folder / names[0])
+
+
+def _model_of(root: Path, id: str, engine: Artifact) -> Artifact:
+    label = engine.folder.name.rsplit("-", 2)[0]
+    return read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
+
+
+def _machine_key(runtime: str) -> str:
+    """Twelve digits for what an engine depends on: the runtime's version and the machine."""
+    entry = runtimes.REGISTRY.get(runtime)
+    version = None if entry is None else installed_version(entry.package)
+    return digest(to_json([runtime, version, Machine.probe().identity]))[:12]
+
+
+def _require_space(root: Path, needed: int) -> None:
+    place = root
+    while not place.exists():
+        place = place.absolute().parent
+    free = shutil.disk_usage(place).free
+    if free < needed + _RESERVE_BYTES:
+        why = f"{(needed + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        raise DeploykitError(f"there is too little space in {printable(root)}", why=why, fix="collect-garbage, or a larger disk")
+
+
+def _signers(asked: argparse.Namespace) -> Path | None:
+    """Whose signatures are taken: the file that was named, or the one that lies in the root; None: nobody is asked for."""
+    named: Path | None = asked.signers
+    root: Path | None = getattr(asked, "root", None)
+    if named is None and root is not None and (root / SIGNERS).exists():
+        return root / SIGNERS
+    return named
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="device.pyz", description="The device half of deploykit; answers are JSON.")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def verb(name: str, does: Any, *, id: bool = False, root: bool = True) -> argparse.ArgumentParser:
+        found = verbs.add_parser(name, help=does.__doc__.partition("\n")[0])
+        found.set_defaults(does=does)
+        if id:
+            found.add_argument("id", help="identity of the release")
+        if root:
+            found.add_argument("--root", type=Path, required=True, help="folder of one network's releases")
+        return found
+
+    verb("probe", probe, root=False)
+    for name, does in (("verify", check), ("install", install)):
+        command = verb(name, does, root=name == "install")
+        command.add_argument("bundle", type=Path)
+        command.add_argument(
+            "--signers", type=Path, help=f"allowed signers; by default {SIGNERS} in the root, where there is one"
+        )
+        if name == "install":
+            command.add_argument("--allow-downgrade", action="store_true", help="take a lower release number than runs here")
+    command = verb("build", build, id=True)
+    command.add_argument("--model", help="which graph, where several can be built here")
+    command.add_argument("--threads", type=_natural, default=0, help="threads of a CPU engine; 0 takes all cores")
+    verb("parity", check_parity, id=True).add_argument("--engine", help="which engine, where there are several")
+    command = verb("benchmark", measure, id=True)
+    command.add_argument("--engine", help="which engine, where there are several")
+    command.add_argument("--processes", type=_natural, default=10)
+    command.add_argument("--queries", type=_natural, default=30)
+    command = verb("activate", activate, id=True)
+    command.add_argument("--engine", help="which engine, where there are several")
+    command.add_argument("--confirm-within", type=float, metavar="SECONDS", help="go back unless it is confirmed in time")
+    command.add_argument("--allow-downgrade", action="store_true", help="take a lower release number than runs here")
+    verb("confirm", confirm).add_argument("id", nargs="?", help="identity of the release that is to be on trial")
+    for name, does in (("rollback", rollback), ("status", status), ("recover", recover)):
+        verb(name, does)
+    verb("collect-garbage", collect_garbage)
+    verb("infer", infer_file).add_argument("file", type=Path, help="a .npy array, or a picture where Pillow is installed")
+    return parser
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+if __name__ == "__main__":
+    main()
