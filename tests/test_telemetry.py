@@ -1,0 +1,307 @@
+"""What a Jetson tells while it works: every form of tegrastats' lines, sysfs as it is found, and throttling."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import timings
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from deploykit.benchmark.conditions import Conditions, Watch
+from deploykit.benchmark.report import BenchmarkReport
+from deploykit.jsonable import to_json
+from deploykit.telemetry import board, throttling
+from deploykit.telemetry.board import State
+from deploykit.telemetry.tegrastats import Sample, energy_mj, parse, samples
+
+# As found in public files, one for each release and board: release, line.
+LINES = {
+    "Nano, JetPack 4": (
+        "RAM 1766/3964MB (lfb 197x4MB) SWAP 0/2048MB (cached 0MB) CPU [24%@1224,15%@1224,13%@1224,10%@1224] EMC_FREQ 0% "
+        "GR3D_FREQ 0% PLL@21C CPU@25C PMIC@100C GPU@23.5C AO@33.5C thermal@24.5C POM_5V_IN 2545/2547 POM_5V_GPU 0/0 "
+        "POM_5V_CPU 549/529"
+    ),
+    "Nano, one core off": (
+        "RAM 2519/3956MB (lfb 3x4MB) SWAP 0/1978MB CPU [12%@1479,off,7%@1479,20%@1479] EMC_FREQ 9%@1600 GR3D_FREQ 45%@921 "
+        "NVDEC 716 APE 25 PLL@33C CPU@36.5C PMIC@100C GPU@34C AO@41C thermal@35.25C POM_5V_IN 3187/3187 POM_5V_GPU 450/450 "
+        "POM_5V_CPU 612/612"
+    ),
+    "TX2, JetPack 4": (
+        "RAM 3276/7859MB (lfb 5x4MB) SWAP 1626/12122MB (cached 181MB) CPU [44%@1421,49%@2031,67%@2034,17%@1420,25%@1419,8%@1420] "
+        "EMC_FREQ 1%@1866 GR3D_FREQ 0%@114 APE 150 MTS fg 1% bg 1% PLL@42.5C MCPU@42.5C PMIC@50C Tboard@38C GPU@39.5C "
+        "BCPU@42.5C thermal@41.3C Tdiode@39.25C VDD_SYS_GPU 182/182 VDD_SYS_SOC 730/730 VDD_4V0_WIFI 0/0 VDD_IN 5297/5297 "
+        "VDD_SYS_CPU 1917/1917 VDD_SYS_DDR 1241/1241"
+    ),
+    "Orin NX, JetPack 5": (
+        "01-24-2024 09:17:09 RAM 3503/7337MB (lfb 7x1MB) SWAP 430/3668MB (cached 1MB) CPU "
+        "[11%@729,13%@729,9%@729,18%@729,off,off] "
+        "EMC_FREQ 0%@2133 GR3D_FREQ 0%@305 GR3D2_FREQ 0%@0 VIC_FREQ 115 APE 174 CV0@42.718C CPU@44.093C SOC2@42.625C "
+        "SOC0@43.281C "
+        "CV1@42.25C GPU@41.343C tj@46.968C SOC1@46.968C CV2@42.875C VDD_IN 4915mW/4915mW VDD_CPU_GPU_CV 449mW/449mW "
+        "VDD_SOC 1431mW/1431mW"
+    ),
+    "AGX Orin, idle": (
+        "04-24-2023 00:01:24 RAM 1282/62795MB (lfb 15152x4MB) SWAP 0/31398MB (cached 0MB) CPU [0%@729,0%@729] EMC_FREQ 0%@2133 "
+        "GR3D_FREQ 0%@0 GR3D2_FREQ 0%@0 VIC_FREQ 729 APE 174 CV0@-256C CPU@42.593C Tboard@32C SOC2@39.343C Tdiode@33.25C "
+        "SOC0@39.375C CV1@-256C GPU@-256C tj@42.593C SOC1@40.468C CV2@-256C VDD_GPU_SOC 2399mW/2399mW VDD_CPU_CV 400mW/400mW "
+        "VIN_SYS_5V0 4032mW/4032mW NC 0mW/0mW VDDQ_VDD2_1V8AO 301mW/301mW NC 0mW/0mW"
+    ),
+    "AGX Orin, DLA": (
+        "11-21-2025 08:49:48 RAM 13983/62780MB (lfb 424x4MB) SWAP 126/31390MB (cached 0MB) CPU [90%@2201,100%@2201] "
+        "EMC_FREQ 1%@2133 "
+        "GR3D_FREQ 14%@[407,406] VIC_FREQ 115 NVDLA0_FREQ @1600 APE 174 CV0@73.625C CPU@77.281C Tboard@62C SOC2@70C "
+        "Tdiode@62.25C SOC0@69.531C CV1@72.5C GPU@69.125C tj@77.281C SOC1@68.968C CV2@67.25C VDD_GPU_SOC 3150mW/2971mW "
+        "VDD_CPU_CV 14312mW/12415mW VIN_SYS_5V0 4968mW/5048mW VDDQ_VDD2_1V8AO 1091mW/1091mW"
+    ),
+    "Orin Nano, JetPack 6.2": (
+        "04-19-2026 01:31:10 RAM 519/7607MB (lfb 61x4MB) CPU [0%@1728,0%@1728,0%@1728,9%@1728,0%@1728,0%@1728] EMC_FREQ 0%@3199 "
+        "GR3D_FREQ 0%@[1018] NVDEC off NVJPG off NVJPG1 off VIC off OFA off APE 200 cpu@48.906C soc2@47.656C soc0@48.093C "
+        "gpu@49.593C tj@49.593C soc1@47.312C VDD_IN 5971mW/5971mW VDD_CPU_GPU_CV 1669mW/1669mW VDD_SOC 2308mW/2308mW"
+    ),
+    "Orin NX, not root": (
+        "08-21-2026 15:11:33 RAM 998/15389MB (lfb 3313x4MB) SWAP 0/7694MB (cached 0MB) CPU "
+        "[4%@883,0%@883,1%@883,0%@729] EMC_FREQ 0% "
+        "GR3D_FREQ 0% GR3D2_FREQ 0%@0 CV0@54.156C CPU@56.843C SOC2@54.906C SOC0@56.031C CV1@54.093C GPU@54.375C tj@57.468C "
+        "SOC1@57.468C CV2@54.281C"
+    ),
+    "AGX Orin, JetPack 7.2, tail": (
+        "GR3D_FREQ 32%@[1300,1300] soc0@49.406C/49.5C gpu@47.125C/47.125C tj@51.968C/51.968C soc1@47.906C/48.093C "
+        "VDD_GPU_SOC 4385mW/3787mW/4385mW VDD_CPU_CV 1196mW/897mW/1196mW VIN_SYS_5V0 5552mW/5274mW/5552mW"
+    ),
+    "Thor, R38.4": (
+        "04-21-2026 15:50:52 RAM 105265/125772MB (lfb 34x4MB) CPU [0%@972,0%@972,0%@972] EMC_FREQ 0%@2750 GR3D_FREQ "
+        "@[314,314,314] "
+        "NVENC0_FREQ @314 VIC off OFA_FREQ @315 PVA0_FREQ off APE 300 cpu@37.343C tj@38.875C soc012@37.468C gpu@38.875C "
+        "soc345@37.406C VDD_GPU 1962mW/1962mW VDD_CPU_SOC_MSS 5887mW/5887mW VIN_SYS_5V0 5635mW/5635mW VIN 19780mW/19780mW"
+    ),
+}
+# (RAM, swap, cores, (EMC %, MHz), (GPU %, MHz), tj or hottest, total mW)
+EXPECTED = {
+    "Nano, JetPack 4": ((1766, 3964), (0, 2048), 4, (0, None), (0, None), 33.5, 2545),
+    "Nano, one core off": ((2519, 3956), (0, 1978), 4, (9, 1600), (45, 921), 41.0, 3187),
+    "TX2, JetPack 4": ((3276, 7859), (1626, 12122), 6, (1, 1866), (0, 114), 42.5, 5297),
+    "Orin NX, JetPack 5": ((3503, 7337), (430, 3668), 6, (0, 2133), (0, 305), 46.968, 4915),
+    "AGX Orin, idle": ((1282, 62795), (0, 31398), 2, (0, 2133), (0, 0), 42.593, 2399 + 400 + 4032),
+    "AGX Orin, DLA": ((13983, 62780), (126, 31390), 2, (1, 2133), (14, 406), 77.281, 3150 + 14312 + 4968),
+    "Orin Nano, JetPack 6.2": ((519, 7607), None, 6, (0, 3199), (0, 1018), 49.593, 5971),
+    "Orin NX, not root": ((998, 15389), (0, 7694), 4, (0, None), (0, None), 57.468, None),
+    "AGX Orin, JetPack 7.2, tail": (None, None, 0, (None, None), (32, 1300), 51.968, 4385 + 1196 + 5552),
+    "Thor, R38.4": ((105265, 125772), None, 3, (0, 2750), (None, 314), 38.875, 19780),
+}
+
+
+def parsed(line: str) -> Sample:
+    found = parse(line)
+    assert found is not None
+    return found
+
+
+class TestTegrastats:
+    @pytest.mark.parametrize("release", LINES)
+    def test_the_line_of_every_release_is_read(self, release):
+        found = parsed(LINES[release])
+
+        memory, swap, cores, emc, gpu, hottest, total = EXPECTED[release]
+        assert (found.ram_mb, found.swap_mb, len(found.cpu)) == (memory, swap, cores)
+        assert (found.emc_percent, found.emc_mhz) == emc
+        assert (found.gpu_percent, found.gpu_mhz) == gpu
+        assert (found.hottest_c, found.total_mw) == (hottest, total)
+
+    def test_cores_have_a_load_and_a_clock_and_may_be_off(self):
+        assert parsed(LINES["Nano, one core off"]).cpu == ((12, 1479), None, (7, 1479), (20, 1479))
+
+    def test_unpowered_zones_and_the_constant_of_the_pmic_are_no_temperatures(self):
+        found = parsed(LINES["AGX Orin, idle"]).temperatures_c
+
+        assert set(found) == {"cpu", "tboard", "soc2", "tdiode", "soc0", "tj", "soc1"}
+        assert "pmic" not in parsed(LINES["Nano, JetPack 4"]).temperatures_c
+
+    def test_a_rail_has_its_power_now_and_an_unconnected_one_is_none(self):
+        assert parsed(LINES["AGX Orin, idle"]).power_mw == {
+            "VDD_GPU_SOC": 2399,
+            "VDD_CPU_CV": 400,
+            "VIN_SYS_5V0": 4032,
+            "VDDQ_VDD2_1V8AO": 301,
+        }
+        assert parsed(LINES["AGX Orin, JetPack 7.2, tail"]).power_mw["VDD_GPU_SOC"] == 4385
+
+    def test_engines_have_a_clock_or_are_off(self):
+        assert parsed(LINES["AGX Orin, DLA"]).engines_mhz == {"VIC": 115, "NVDLA0": 1600, "APE": 174}
+        assert parsed(LINES["Thor, R38.4"]).engines_mhz == {"NVENC0": 314, "VIC": 0, "OFA": 315, "PVA0": 0, "APE": 300}
+
+    def test_the_time_is_the_lines_own(self):
+        assert parsed(LINES["Thor, R38.4"]).time == "04-21-2026 15:50:52"
+        assert parsed(LINES["Nano, JetPack 4"]).time is None
+
+    def test_a_leading_nul_and_half_a_line_are_survived(self):
+        lines = ["\0" + LINES["Orin Nano, JetPack 6.2"], LINES["Thor, R38.4"][:15], ""]
+
+        assert [sample.gpu_mhz for sample in samples(lines)] == [1018]
+
+    def test_ten_thousand_damaged_lines_are_survived(self):
+        chance, put = random.Random(0), "0123456789%@[],/.-CmWoff \0\n٣GR3D_FREQ"
+        for _ in range(10_000):
+            line = LINES[chance.choice(sorted(LINES))]
+            start = chance.randrange(len(line))
+            inserted = "".join(chance.choices(put, k=chance.randrange(12)))
+
+            found = parse(line[:start] + inserted + line[start + chance.randrange(40) :])
+
+            assert found is None or isinstance(found, Sample)
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.text())
+    @example("RAM 9999999999999999999999/1MB CPU [%@,,,] GR3D_FREQ 999999999999%@[,,] tj@" + "9" * 5000 + "C")
+    def test_nor_is_any_text(self, text):
+        found = parse(text)
+
+        assert found is None or isinstance(found, Sample)
+
+    def test_energy_is_the_sum_of_what_was_taken_at_each_moment(self):
+        found = [parsed(LINES["Orin Nano, JetPack 6.2"])] * 10
+
+        assert energy_mj(found, 0.1) == pytest.approx(5971)
+        assert energy_mj([parsed(LINES["Orin NX, not root"])], 0.1) is None
+
+
+class Jetson:
+    """A Jetson's files, as folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.write("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64")
+        self.write("proc/device-tree/model", "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0")
+        self.write("sys/class/hwmon/hwmon3/name", "soctherm_oc")
+        self.events(0)
+        self.clock(1_020_000_000)
+        self.temperature(50_000)
+
+    def write(self, path: str, text: object) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+
+    def events(self, count: int) -> None:
+        self.write("sys/class/hwmon/hwmon3/oc1_event_cnt", 2)
+        self.write("sys/class/hwmon/hwmon3/oc3_event_cnt", count)
+
+    def clock(self, most_hz: int) -> None:
+        self.write("sys/class/devfreq/17000000.gpu/cur_freq", 306_000_000)
+        self.write("sys/class/devfreq/17000000.gpu/max_freq", most_hz)
+
+    def temperature(self, milli: int) -> None:
+        self.write("sys/class/thermal/thermal_zone0/type", "tj-thermal")
+        self.write("sys/class/thermal/thermal_zone0/temp", milli)
+
+
+@pytest.fixture
+def jetson(tmp_path) -> Jetson:
+    return Jetson(tmp_path)
+
+
+class TestABoardsFiles:
+    def test_clock_temperature_and_events_are_read(self, jetson):
+        found = board.look(jetson.root)
+
+        assert (found.gpu_hz, found.gpu_most_hz) == (306_000_000, 1_020_000_000)
+        assert found.temperatures_c == {"tj": 50.0}
+        assert found.events == {"oc1_event_cnt": 2, "oc3_event_cnt": 0}
+
+    def test_a_rails_power_is_its_voltage_times_its_current(self, jetson):
+        jetson.write("sys/class/hwmon/hwmon1/name", "ina3221")
+        for number, label in ((1, "VDD_IN"), (2, "NC")):
+            jetson.write(f"sys/class/hwmon/hwmon1/in{number}_label", label)
+            jetson.write(f"sys/class/hwmon/hwmon1/in{number}_input", 5000)
+            jetson.write(f"sys/class/hwmon/hwmon1/curr{number}_input", 1200)
+
+        assert board.look(jetson.root).power_mw == {"VDD_IN": 6000.0}
+
+    def test_release_and_model_are_read(self, jetson):
+        assert board.l4t(jetson.root) == "36.4.3"
+        assert (board.model(jetson.root) or "").endswith("Developer Kit Super")
+
+    def test_a_zone_without_power_is_left_out(self, jetson):
+        jetson.temperature(-256_000)
+
+        assert board.look(jetson.root).temperatures_c == {}
+
+    def test_another_machine_is_not_asked(self, jetson):
+        (jetson.root / "etc/nv_tegra_release").unlink()
+        (jetson.root / "proc/device-tree/model").unlink()
+
+        assert board.look(jetson.root) == State()
+
+    def test_power_modes_are_known_by_number_and_name(self):
+        text = "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n<POWER_MODEL NAME=MAXN_SUPER ID=2>\n< PM_CONFIG DEFAULT=1 >"
+
+        assert board.power_modes(text) == {0: "15W", 2: "MAXN_SUPER"}
+        assert board.power_mode("NV Power Mode: MAXN\n0\n") == (0, "MAXN")
+        assert board.power_mode("nothing of that") == (None, None)
+
+
+def trace(*clocks: int, load: int = 99, tj: float = 60.0) -> list[Sample]:
+    return [parsed(f"RAM 1/2MB GR3D_FREQ {load}%@[{clock}] tj@{tj}C") for clock in clocks]
+
+
+class TestThrottling:
+    def test_a_clock_that_falls_under_load_is_told(self):
+        [told] = throttling.of_samples(trace(1020, 1020, 1020, 612))
+
+        assert told == "the GPU's clock fell from 1020 to 612 MHz in 25 % of the busy time"
+
+    def test_so_is_one_that_never_reached_what_was_pinned(self):
+        assert throttling.of_samples(trace(612, 612)) == []
+        assert throttling.of_samples(trace(612, 612), locked_mhz=1020) != []
+
+    def test_an_idle_gpu_may_lower_its_clock(self):
+        assert throttling.of_samples(trace(1020) + trace(306, load=0)) == []
+
+    def test_heat_is_told(self):
+        assert throttling.of_samples(trace(1020, tj=85.0)) == []
+        assert throttling.of_samples(trace(1020, tj=91.0)) == ["the board was at 91 degrees, and throttles above 85"]
+
+    def test_events_count_from_when_the_run_began(self):
+        before, after = (
+            State(events={"oc1_event_cnt": 2, "oc3_event_cnt": 5}),
+            State(events={"oc1_event_cnt": 2, "oc3_event_cnt": 9}),
+        )
+
+        assert throttling.between(before, after) == ["4 over-current events (oc3)"]
+
+
+class TestABenchmarkOnAThrottlingBoard:
+    def conditions(self, jetson: Jetson, happens: str) -> Conditions:
+        with Watch(jetson.root) as watch:
+            if happens == "over-current":
+                jetson.events(3)
+            elif happens == "heat":
+                jetson.temperature(95_000)
+            elif happens == "clock":
+                jetson.clock(612_000_000)
+        return watch.conditions
+
+    def verdict(self, throttled: tuple[str, ...]) -> str:
+        return timings.report({"a": [1000] * 5}, throttled=throttled).verdict
+
+    @pytest.mark.parametrize("happens", ["over-current", "heat", "clock"])
+    def test_is_invalid_and_says_why(self, jetson, happens):
+        calm, disturbed = (self.conditions(jetson, each).throttled for each in ("nothing", happens))
+
+        assert self.verdict(calm) == "valid"
+        assert self.verdict(disturbed).startswith("invalid: the board throttled in 10 of 10 processes: ")
+
+    def test_a_replayed_trace_flips_the_verdict(self):
+        lines = [f"RAM 1/2MB GR3D_FREQ 98%@[{clock}] tj@{tj}C" for clock, tj in ((1020, 70), (1020, 82), (816, 88), (612, 92))]
+
+        found = [sample for line in lines if (sample := parse(line)) is not None]
+
+        assert self.verdict(tuple(throttling.of_samples(found[:2]))) == "valid"
+        assert "from 1020 to 714 MHz" in self.verdict(tuple(throttling.of_samples(found)))
+
+    def test_what_was_seen_is_kept_with_the_raw_samples(self):
+        report = timings.report({"a": [1000] * 5}, throttled=("3 over-current events (oc3)",))
+
+        assert BenchmarkReport.from_json(to_json(report)).verdict == report.verdict
