@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/deploykit run recipes/lenet_digits.toml
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

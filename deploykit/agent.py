@@ -474,6 +474,17 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
+def _seconds(text: str) -> float:
+    """A span of time for argparse: finite and not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="device.pyz", description="The device half of deploykit; answers are JSON.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -506,7 +517,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--queries", type=_natural, default=30)
     command = verb("activate", activate, id=True)
     command.add_argument("--engine", help="which engine, where there are several")
-    command.add_argument("--confirm-within", type=float, metavar="SECONDS", help="go back unless it is confirmed in time")
+    command.add_argument("--confirm-within", type=_seconds, metavar="SECONDS", help="go back unless it is confirmed in time")
     command.add_argument("--allow-downgrade", action="store_true", help="take a lower release number than runs here")
     verb("confirm", confirm).add_argument("id", nargs="?", help="identity of the release that is to be on trial")
     for name, does in (("rollback", rollback), ("status", status), ("recover", recover)):

@@ -74,13 +74,13 @@ def answers(
     """
     # This very package and, beside it, nothing from the folder that a user happens to be in.
     ours = {"PYTHONPATH": str(Path(__file__).parents[1].absolute()), "PYTHONSAFEPATH": "1"}
-    command, environment = ([sys.executable], ours) if cpu is None else _python(cpu, arm_root)
+    command, environment = ([sys.executable], ours) if cpu is None else python(cpu, arm_root)
     environment = ours | environment
     with tempfile.TemporaryDirectory() as scratch:
         fed, found = Path(scratch, "images.npy"), Path(scratch, "outputs.npz")
         np.save(fed, images)
         request = {"graph": str(graph.absolute()), "input": source.name, "size": source.shape[0]}
-        told = _run(
+        told = ask(
             [*command, "-m", "deploykit.emulate"],
             {**request, "images": str(fed), "outputs": str(found)},
             environment,
@@ -90,8 +90,11 @@ def answers(
             return Answered({name: arrays[f"arr_{number}"] for number, name in enumerate(told["names"])}, told["onnxruntime"])
 
 
-def _python(cpu: Cpu, arm_root: Path | None) -> tuple[list[str], dict[str, str]]:
-    """The command line of a Python on `cpu`, and what its environment needs beside our own."""
+def python(cpu: Cpu, arm_root: Path | None) -> tuple[list[str], dict[str, str]]:
+    """The command line of a Python on `cpu`, qemu first, and what its environment needs beside our own.
+
+    Raises CapabilityError when this machine cannot emulate that CPU, UsageError when `arm_root` is no root.
+    """
     tool = shutil.which(f"qemu-{cpu.arch}") or shutil.which(f"qemu-{cpu.arch}-static")
     if tool is None:
         why = f"there is no qemu-{cpu.arch} on the PATH"
@@ -115,7 +118,11 @@ def _python(cpu: Cpu, arm_root: Path | None) -> tuple[list[str], dict[str, str]]
     return [tool, "-L", str(arm_root.absolute()), "-cpu", cpu.model, str(pythons[0].absolute())], environment
 
 
-def _run(command: list[str], request: Mapping[str, Any], environment: Mapping[str, str], where: str) -> dict[str, Any]:
+def ask(command: list[str], request: Mapping[str, Any], environment: Mapping[str, str], where: str) -> dict[str, Any]:
+    """What the process `command` answers to `request`, both as JSON; `where` names it in errors.
+
+    Raises StageError, with what the process said, when it fails, takes too long or gives no answer.
+    """
     try:
         done = subprocess.run(
             command,

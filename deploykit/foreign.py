@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from deploykit.artifact import SAMPLES, Artifact, Format, Precision, Preprocess, Samples, Tensors, TensorSpec, digest_file
 from deploykit.errors import UsageError, printable
-from deploykit.runtimes.onnx_nodes import external_tensors
+from deploykit.intake import door
 
 FLOATS = ("float32", "float16", "float64")
-# Protobuf refuses messages from 2 GiB on (protobuf.dev/programming-guides/proto-limits).
-_LIMIT_BYTES = 2 << 30
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm", "ConvInteger", "MatMulInteger")
 # By which a picture with its channels last is told: grey, RGB, RGBA.
 _CHANNELS = (1, 3, 4)
@@ -96,19 +94,7 @@ def with_samples(model: Artifact, inputs: Tensors, folder: Path) -> Artifact:
 
 
 def _graph(path: Path) -> onnx.GraphProto:
-    try:
-        size = path.stat().st_size
-        if size >= _LIMIT_BYTES:
-            raise UsageError(f"{printable(path)} is too large", why=f"it has {size} bytes; an ONNX file has less than 2 GiB")
-        elsewhere = external_tensors(path)
-        model = onnx.load_model_from_string(path.read_bytes())
-        if not model.ir_version:
-            raise ValueError("it has no IR version, so it is empty or something else")
-    except UsageError:
-        raise
-    except Exception as error:  # protobuf raises classes without a common base for a file that is not ONNX
-        why = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{printable(path)} is not an ONNX file that can be read", why=why) from error
+    elsewhere = door.onnx_file(path).external
     if elsewhere:
         named = ", ".join(map(printable, elsewhere[:3]))
         raise UsageError(
@@ -116,7 +102,12 @@ def _graph(path: Path) -> onnx.GraphProto:
             why=f"a file from elsewhere could name any file of this machine; the first are {named}",
             fix="save it with its data inside: onnx.save(onnx.load(FILE), ANOTHER)",
         )
-    return model.graph
+    door.rehearse(path)
+    try:
+        return onnx.load_model_from_string(path.read_bytes()).graph
+    except Exception as error:  # protobuf raises classes without a common base for a file that is not ONNX
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{printable(path)} is not an ONNX file that can be read", why=why) from error
 
 
 def _artifact(

@@ -13,7 +13,7 @@ A count is decided exactly. Everything else is an estimate from a sample of imag
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
@@ -147,6 +147,42 @@ def judge(rule: Rule, counts: PairedCounts) -> GateResult:
     elif verdict is Verdict.CANNOT_TELL:
         reason += _how_many_would_decide(rule, counts)
     return GateResult(str(rule), verdict, observed, interval, reason)
+
+
+def judge_parts(rule: Rule, units: str, pictures: Sequence[tuple[int, int]]) -> GateResult:
+    """Judge a rule about parts of pictures, called `units`: (parts, those decided alike) of each picture.
+
+    Raises ValueError when a drop is asked for: parts have no labels.
+    """
+    parts, same = sum(all_of for all_of, _ in pictures), sum(alike for _, alike in pictures)
+    if rule.metric == "disagreements":
+        verdict = Verdict.PASS if parts - same <= rule.limit else Verdict.FAIL
+        return GateResult(str(rule), verdict, parts - same, None, f"{parts - same:,} of {parts:,} {units}")
+    if rule.metric != "agreement":
+        raise ValueError(f"'{rule}' needs labelled images")
+    if not parts:
+        return GateResult(str(rule), Verdict.CANNOT_TELL, None, None, f"neither side found {units}, so nothing was compared")
+    low, high = (100 * bound for bound in clustered_interval(pictures))
+    observed = 100 * same / parts
+    reason = f"observed {observed:.2f}, 95 % interval {low:.2f} to {high:.2f} on {parts:,} {units} of {len(pictures)} images"
+    return GateResult(str(rule), _verdict(rule, (low, high)), observed, (low, high), reason)
+
+
+def clustered_interval(pictures: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """95 % interval of the share of parts that are decided alike, from (parts, those decided alike) of each picture.
+
+    Parts of one picture go wrong together, so they count for fewer than they are: Wilson's interval for as many as would have the
+    variance that the ratio has between pictures (effective sample size, Kish, Survey Sampling, 1965, section 8.2). A single
+    picture counts as one part. Where all parts are decided alike, nothing says how they go together, and each counts.
+    """
+    parts, same = sum(all_of for all_of, _ in pictures), sum(alike for _, alike in pictures)
+    share, count = same / parts, len(pictures)
+    effective = float(parts)
+    if same < parts:
+        spread = sum((alike - share * all_of) ** 2 for all_of, alike in pictures)
+        variance = count / (count - 1) * spread / parts**2 if count > 1 else share * (1 - share)
+        effective = min(effective, max(1.0, share * (1 - share) / variance)) if variance > 0 else effective
+    return wilson_interval(share * effective, effective)
 
 
 def judge_time(rule: Rule, found: Timing) -> GateResult:

@@ -1,16 +1,15 @@
-"""What a file or folder is: an artifact, a run, an ONNX graph, a checkpoint or a recipe. Nothing in it is executed."""
+"""What a file or folder is: an artifact, a run, a bundle, an ONNX graph, a checkpoint or a recipe. Nothing in it is executed."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomllib
 
+from deploykit import bundle
 from deploykit.artifact import MANIFEST, read_artifact
 from deploykit.errors import UsageError, printable
 from deploykit.jsonable import to_json
@@ -39,9 +38,13 @@ def _facts(path: Path) -> dict[str, Any]:
         return _artifact(path)
     if (path / _RUN).is_file():
         return _run(path)
+    if bundle.is_bundle(path):
+        return _bundle(path)
     if path.is_dir():
         raise UsageError(f"{printable(path)} is a folder, but neither an artifact ({MANIFEST}) nor a run ({_RUN})")
     if not path.is_file():
+        if path.exists():
+            raise UsageError(f"cannot read {printable(path)}", why="it is not a file")
         raise UsageError(f"there is no {printable(path)}")
     if path.suffix == ".onnx":
         return _onnx(path)
@@ -57,6 +60,16 @@ def _artifact(folder: Path) -> dict[str, Any]:
     return {"kind": f"artifact of stage {found.stage}, every file as published", **facts}
 
 
+def _bundle(path: Path) -> dict[str, Any]:
+    found = bundle.check(path)
+    kind = "bundle, every file as packed" if found.is_whole else "bundle, not as packed"
+    signed = "yes; deploykit verify --signers FILE says by whom" if found.is_signed else "no"
+    manifest = found.manifest
+    files = {name: f"{blob.size} bytes, sha256 {blob.sha256}" for name, blob in manifest.files.items()}
+    facts = {name: value for name, value in bundle.described(found).items() if name not in ("files", "signer")}
+    return {"kind": kind, **facts, "signed": signed, "gate": list(manifest.gate), "files": files}
+
+
 def _run(folder: Path) -> dict[str, Any]:
     kept = ("name", "verdict", "exit_code", "headline", "model", "gates", "report", "command")
     try:
@@ -68,35 +81,9 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _onnx(path: Path) -> dict[str, Any]:
-    import onnx_ir as ir
+    from deploykit.intake import door
 
-    try:
-        model = ir.load(path)
-        if not model.ir_version:
-            raise ValueError("it has no IR version, so it is empty or something else")
-        graph = model.graph
-        operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph)
-        weights = sum(
-            math.prod(value.const_value.shape.numpy()) for value in graph.initializers.values() if value.const_value is not None
-        )
-        types = Counter(str(value.dtype) for value in graph.initializers.values())
-        quantized = [node.outputs[0].dtype for node in graph if node.op_type == "QuantizeLinear"]
-    except Exception as error:  # protobuf and onnx_ir raise classes without a common base for a file that is not ONNX
-        raise UsageError(
-            f"{printable(path)} is not an ONNX file that can be read", why=f"{type(error).__name__}: {error}"
-        ) from error
-    return {
-        "kind": "ONNX graph",
-        "bytes": path.stat().st_size,
-        "opset": dict(model.opset_imports),
-        "ir_version": model.ir_version,
-        "producer": model.producer_name,
-        "inputs": {value.name: f"{value.dtype} {value.shape}" for value in graph.inputs},
-        "outputs": {value.name: f"{value.dtype} {value.shape}" for value in graph.outputs},
-        "constants": {"values": weights, **types},
-        "operators": dict(operators.most_common()),
-        "quantize_linear": dict(Counter(str(dtype) for dtype in quantized)),
-    }
+    return {"kind": "ONNX graph", "bytes": path.stat().st_size, **door.graph_facts(path)}
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -121,9 +108,9 @@ def _lines(value: Any, indent: str) -> list[str]:
     lines = []
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
         if isinstance(item, list) and item and not any(isinstance(entry, (Mapping, list)) for entry in item):
-            lines.append(f"{indent}{key}: {', '.join(map(str, item))}")
+            lines.append(f"{indent}{printable(str(key))}: {', '.join(printable(str(entry)) for entry in item)}")
         elif isinstance(item, (Mapping, list)) and item:
-            lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
+            lines += [f"{indent}{printable(str(key))}:", *_lines(item, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {item if item not in ([], {}) else 'none'}")
+            lines.append(f"{indent}{printable(str(key))}: {printable(str(item if item not in ([], {}) else 'none'))}")
     return lines

@@ -94,6 +94,19 @@ def available_cores() -> int:
     return cores
 
 
+def available_memory_bytes() -> int:
+    """Memory that new work can have without swapping: the kernel's estimate, lowered by a container's limit (cgroup v2)."""
+    amount = _field(_read(Path("/proc/meminfo")), "MemAvailable").split()
+    found = 1024 * int(amount[0]) if amount else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_read(group / name).strip() for name in ("memory.max", "memory.current"))
+    if not (limit.isdecimal() and used.isdecimal()):
+        return found
+    # Pages of files count as used, and are given back when memory is short.
+    cached = dict(line.split() for line in _read(group / "memory.stat").splitlines()).get("inactive_file", "0")
+    return min(found, int(limit) - int(used) + int(cached))
+
+
 def installed_version(package: str) -> str | None:
     """The installed version of a package, without importing it; None when it is not installed."""
     try:

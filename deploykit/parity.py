@@ -10,12 +10,13 @@ This module runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit import scenes
 from deploykit.artifact import Precision, Samples, Tensors
 from deploykit.errors import UsageError
 from deploykit.gate import PairedCounts, Verdict, paired_difference_interval
@@ -142,18 +143,74 @@ def compare(engine: Logits, reference: Logits, names: Sequence[str], labels: NDA
     return Comparison(images, tensor_errors(engine, reference), flips, accuracy, counts)
 
 
-def tensor_errors(actual: NDArray[np.floating], wanted: NDArray[np.floating]) -> TensorErrors:
-    """Errors of `actual`; every one of them is NaN or infinite when a value of `actual` is, so that limits fail."""
-    a, w = actual.astype(np.float64), wanted.astype(np.float64)
-    difference = np.abs(a - w)
-    if not (np.isfinite(a).all() and np.isfinite(w).all()):
+def conversion_of_boxes(actual: Sequence[Tensors], samples: Samples, precision: Precision) -> Conversion:
+    """Judge what a detector's engine finds on the golden samples against what its graph means.
+
+    A float engine has to find every box, with numbers equal but for rounding; an INT8 one may differ from its graph in no
+    larger a share of the boxes than the graph differs from FP32 PyTorch.
+    """
+    wanted = scenes.unstacked(samples.expected)
+    found, errors = compared_boxes(actual, wanted)
+    worst = max(errors.values(), key=lambda each: each.relative)
+    if precision is not Precision.INT8:
+        limit = FLOAT_LIMIT[precision]
+        passed = not found.disagreements and worst.relative <= limit
+        rule = f"every box, max|d| / max|y| <= {limit:g}"
+    else:
+        allowed = compared_boxes(wanted, scenes.unstacked(samples.reference))[0].agreement
+        passed = found.agreement >= allowed
+        rule = f"{100 * allowed:.1f} % of the boxes, that of the quantization"
+    return Conversion(worst, len(wanted), rule, Verdict.PASS if passed else Verdict.FAIL)
+
+
+def compared_boxes(actual: Sequence[Tensors], wanted: Sequence[Tensors]) -> tuple[scenes.Decided, dict[str, TensorErrors]]:
+    """What two detectors decided on the same pictures, and the errors of each output over the boxes that belong together."""
+    tally, running = scenes.Boxes(), Running()
+    for index, (mine, theirs) in enumerate(zip(actual, wanted, strict=True)):
+        running.add(tally.add(f"sample {index}", mine, theirs))
+    return tally.decided(), running.errors()
+
+
+class Running:
+    """`tensor_errors` of outputs that come picture by picture, by their names; memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._most: dict[str, NDArray[np.float64]] = {}
+
+    def add(self, aligned: Mapping[str, tuple[NDArray[np.floating], NDArray[np.floating]]]) -> None:
+        """Count one picture's outputs, each as two arrays of one shape: what is judged, and what is wanted."""
+        for name, (actual, wanted) in aligned.items():
+            a, w = actual.astype(np.float64), wanted.astype(np.float64)
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by the sums
+                apart = np.abs(a - w)
+                sums = np.array([a.size, apart.sum(), (apart**2).sum(), (w**2).sum(), (a**2).sum(), (a * w).sum()])
+            most = np.array([apart.max(initial=0), np.abs(w).max(initial=0)])
+            self._sums[name] = self._sums.get(name, 0) + sums
+            self._most[name] = np.maximum(self._most.get(name, 0), most)
+
+    def errors(self) -> dict[str, TensorErrors]:
+        """The errors of each output; 0 where there was nothing to compare."""
+        return {name: _errors_of(self._sums[name], self._most[name]) for name in self._sums}
+
+
+def _errors_of(sums: NDArray[np.float64], most: NDArray[np.float64]) -> TensorErrors:
+    count, absolute, noise, signal, power, product = sums.tolist()
+    largest, scale = most.tolist()
+    if not np.isfinite(sums).all():
         return TensorErrors(math.inf, math.inf, math.inf, math.nan, -math.inf)
-    scale, noise, signal = float(np.abs(w).max()), float((difference**2).sum()), float((w**2).sum())
-    norms = math.sqrt(float((a**2).sum()) * signal)
+    norms = math.sqrt(power * signal)
     return TensorErrors(
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        relative=float(difference.max()) / scale if scale > 0 else (0.0 if noise == 0 else math.inf),
-        cosine=float((a * w).sum()) / norms if norms > 0 else (1.0 if noise == 0 else 0.0),
+        max_abs=largest,
+        mean_abs=absolute / count if count else 0.0,
+        relative=largest / scale if scale > 0 else (0.0 if noise == 0 else math.inf),
+        cosine=product / norms if norms > 0 else (1.0 if noise == 0 else 0.0),
         sqnr_db=math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf,
     )
+
+
+def tensor_errors(actual: NDArray[np.floating], wanted: NDArray[np.floating]) -> TensorErrors:
+    """Errors of `actual`; every one of them is NaN or infinite when a value of `actual` is, so that limits fail."""
+    running = Running()
+    running.add({"": (actual, wanted)})
+    return running.errors()[""]

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import artifact, benchmark, publish, runtimes, timing, workspace
+from deploykit import artifact, benchmark, publish, runtimes, scenes, timing, workspace
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport
@@ -35,11 +35,12 @@ from deploykit.report import html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
 
-RESULT, REPORT = "result.json", "report.html"
+RESULT, REPORT, TRAINING = "result.json", "report.html", "training.html"
 _TOOLS = (
-    *("numpy", "pillow", "scikit-learn", "safetensors", "torch", "torchvision"),
-    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("numpy", "pillow", "scikit-learn", "safetensors", "torch", "torchvision", "timm"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
 )
+_UNFINISHED_TRAINING = "finetune.epochs"  # what a training that is killed goes on from
 _PROBED = 32  # calibration images on which weights are rounded and the noise of INT8 is measured
 
 
@@ -74,6 +75,22 @@ def run(
         found["out"], found["report"] = printable(out), printable(out / REPORT)
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
         publish.write_file(out / REPORT, html.render(found).encode())
+        return found
+
+
+def train(
+    recipe: Recipe, out: Path, *, progress: Progress = silent, clock: Callable[[], float] = perf_counter
+) -> Mapping[str, Any]:
+    """Only the training that `recipe` asks for, in the folder `out`, with a page of its own; `run` goes on from there.
+
+    Raises what `run` raises.
+    """
+    from deploykit.report import training
+
+    with publish.lock(out), workspace.claimed(out, recipe):
+        made = _finetune(Work(recipe, out, Sources(recipe, progress), progress, clock))
+        found = training.told(made, printable(out), printable(out / TRAINING))
+        publish.write_file(out / TRAINING, training.render(found).encode())
         return found
 
 
@@ -125,29 +142,40 @@ def _finetune(work: Work) -> Artifact:
 
         sources = work.sources
         sources.check()
-        return finetune(sources.untrained, sources.train, sources.held_out, settings, folder, progress=work.progress)
+        images = (sources.train, sources.held_out)
+        return finetune(sources.untrained, *images, settings, folder, scratch=scratch, progress=work.progress)
 
-    return work.stage(
+    scratch = work.out / _UNFINISHED_TRAINING
+    made = work.stage(
         "finetune",
         make,
         settings=settings,
         parents=[work.sources.training_digest],
         summary=lambda made: f"best accuracy on held-out images {100 * cast(float, made.facts['best_val_accuracy']):.1f} %",
     )
+    publish.remove(scratch)  # the stage is complete on disk
+    return made
 
 
 def _export(work: Work, kind: str) -> Artifact:
-    settings = work.recipe.export
+    recipe, settings = work.recipe, work.recipe.export
 
     def make(folder: Path) -> Artifact:
         from deploykit import export
+        from deploykit.models.tasks import most_samples
 
         work.sources.check()
         model, images = work.sources.model, work.sources.evaluation
-        some = images.take(range(min(settings.samples, len(images))))
-        golden = next(some.batches(model.preprocess, len(some)))
+        some = images.take(range(min(settings.samples, len(images), most_samples(model))))
+        golden = next(some.batches(replace(model.preprocess, feeds=settings.input), len(some)))
         write = export.onnx_model if kind == "onnx" else export.torchscript_model
-        made = write(model, golden, some.labels, settings, folder)
+        try:
+            made = write(model, golden, some.labels, settings, folder)
+        except export.NoExporterError as error:
+            image = next(some.batches(model.preprocess, 1))
+            raise export.reproduce(
+                error, model, image, (recipe.model, recipe.preprocess), settings, work.out / "reproduction"
+            ) from error
         inputs = {"images": images.origin, "skipped": list(images.skipped)}
         return replace(made, facts={**made.facts, **inputs})
 
@@ -165,6 +193,8 @@ def _quantize(work: Work, model: Artifact) -> list[Artifact]:
     settings = work.recipe.quantize
     assert settings is not None
     model = _equalize(work, model) if settings.equalize else model
+    heads = cast(Sequence[str], model.facts.get("heads", ()))
+    settings = replace(settings, float_layers=(*settings.float_layers, *heads))
     observations = _calibrate(work, model)
     return [_quantize_for(work, model, observations, settings, runtime) for runtime in work.recipe.build.runtimes]
 
@@ -211,8 +241,10 @@ def _quantize_for(work: Work, model: Artifact, observations: Artifact, settings:
         from deploykit import quantize
         from deploykit.stopwatch import stopwatch
 
-        decides = recipe.model.weights != "none" or recipe.finetune is not None
-        is_judged = decides and any(not rule.is_of_time for rule in recipe.rules)
+        kind = scenes.kind_of(model.outputs)
+        # Boxes come and go, so noise at them is no measure.
+        decides = kind != "boxes" and (recipe.model.weights != "none" or recipe.finetune is not None)
+        is_judged = decides and kind is None and any(not rule.is_of_time for rule in recipe.rules)
         timed = stopwatch(runtime, recipe.build.threads, progress=work.progress) if is_timed else nullcontext()
         with timed as watch:
             return quantize.quantize(

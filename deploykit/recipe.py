@@ -19,6 +19,8 @@ from deploykit.gate import Rule, parse_rule
 from deploykit.jsonable import to_json
 
 _SIZE_LIMIT_BYTES = 1 << 20
+# What may stand before the colon of a network's name and is no code of the user's.
+SCHEMES = ("timm", "ensemble")
 
 
 def setting(help: str, default: Any = MISSING, *, low: float | None = None, high: float | None = None, path: bool = False) -> Any:
@@ -31,14 +33,27 @@ class ModelTable:
     """Which network, with which weights."""
 
     name: str = setting(
-        "a torchvision classifier, lenet5, cifar_resnet20 (32, 44, 56, 110), FILE.py:factory or module:factory", path=True
+        "a torchvision classifier, a classic of ours such as lenet5 or cifar_resnet20, timm:NAME, ensemble:NAME+NAME, "
+        "FILE.py:factory or module:factory",
+        path=True,
+    )
+    args: Mapping[str, Any] | None = setting(
+        "arguments by name for the function that builds the network: a user's factory, or one of ours that takes some", None
     )
     weights: str = setting("default (the library's best), none (random, seeded) or a checkpoint file", "default", path=True)
-    weights_key: str | None = setting("which entry of a checkpoint holds the weights, when it has several", None)
+    weights_key: str | None = setting(
+        "which entry of a checkpoint, or which prefix of its names, holds the weights, when it has several", None
+    )
+    trust: bool = setting("take weights from a TorchScript file, which runs the program in it", False)
     classes: int | None = setting(
         "number of classes; taken from the weights or the data when absent", None, low=1, high=1_000_000
     )
     seed: int = setting("seed of random weights", 0, low=0, high=2**32 - 1)
+
+    @property
+    def is_user_code(self) -> bool:
+        """Whether the name is of the form FILE.py:factory or package.module:factory."""
+        return ":" in self.name and self.name.partition(":")[0] not in SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,12 @@ class PreprocessTable:
     std: tuple[float, ...] | None = setting("standard deviation of each channel on the 0..1 scale", None, low=1e-6, high=10)
     channels: Literal["RGB", "L"] | None = setting("RGB, or L for greyscale", None)
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = setting("how the picture is resized", None)
+    frames: int | None = setting(
+        "frames of a clip, for a network that takes clips; a picture becomes one by a crop that moves across it",
+        None,
+        low=1,
+        high=1024,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +81,9 @@ class DataTable:
 
     name: Literal["digits"] | None = setting("a built-in data set with train, calibration and test parts", None)
     train: str | None = setting("folder of training images, one sub-folder a class", None, path=True)
+    held_out: str | None = setting(
+        "folder of labelled images on which the best epoch is chosen; without it a tenth of train, of each class", None, path=True
+    )
     calibrate: str | None = setting("folder of images for calibration; labels are not needed", None, path=True)
     validate: str | None = setting(
         "folder of labelled images, one sub-folder a class (its name or ImageNet synset)", None, path=True
@@ -73,13 +97,53 @@ class DataTable:
 class FinetuneTable:
     """Training on the data's train part."""
 
-    epochs: int = setting("passes over the training images", 10, low=1, high=10_000)
+    mode: Literal["all", "head", "head first"] = setting(
+        "what learns: every layer, the head alone, or the head for head_epochs and then every layer at a lower rate", "all"
+    )
+    head: Literal["last", "classifier"] = setting(
+        "what the head is: the last layer, or the whole block that it stands in, such as VGG's classifier", "last"
+    )
+    freeze: tuple[str, ...] = setting("modules that stay as they are, by name or pattern: 'layer1', 'features.[0-3].*'", ())
+    unfreeze: tuple[str, ...] = setting("modules that learn although mode or freeze would keep them as they are", ())
+    epochs: int = setting("passes over the training images, those of the head included", 10, low=1, high=10_000)
+    head_epochs: int = setting('with mode = "head first": how many of the epochs are the head\'s', 3, low=1, high=10_000)
+    rest_rate: float = setting(
+        'with mode = "head first": the later learning rate as a share of the head\'s', 0.1, low=1e-6, high=1
+    )
+    cache_features: bool = setting(
+        "compute what a frozen backbone gives its head once, and train the head on that; augmentation is then fixed views", False
+    )
+    views: int = setting("with cache_features: how many augmented views of each image are kept", 1, low=1, high=1000)
     batch: int = setting("images in one step", 32, low=1, high=65_536)
+    optimizer: Literal["adamw", "sgd"] = setting("AdamW, or SGD with Nesterov's momentum", "adamw")
+    momentum: float = setting("momentum of SGD", 0.9, low=0, high=0.999)
     learning_rate: float = setting("peak learning rate", 1e-3, low=1e-8, high=100)
-    weight_decay: float = setting("decoupled weight decay (AdamW)", 0.01, low=0, high=10)
+    weight_decay: float = setting("weight decay; decoupled with AdamW", 0.01, low=0, high=10)
+    schedule: Literal["cosine", "one-cycle", "step"] = setting(
+        "how the learning rate goes after warm-up: half a cosine to zero, one cycle, or a tenth after each third", "cosine"
+    )
     warmup: float = setting("share of the steps in which the learning rate rises", 0.1, low=0, high=1)
+    clip_norm: float | None = setting(
+        "largest norm of a step's gradient; a larger one is scaled down to it", None, low=1e-6, high=1e6
+    )
+    ema: float | None = setting(
+        "decay of an average of the weights over steps, which is then what is kept", None, low=0, high=0.99999
+    )
+    patience: int | None = setting("stop after so many epochs without a better one", None, low=1, high=10_000)
     label_smoothing: float = setting("share of the target spread over all classes", 0.0, low=0, high=0.9)
+    class_weights: Literal["none", "balanced"] = setting("balanced: rare classes weigh more, in inverse proportion", "none")
+    dropout: float | None = setting("share that every dropout layer drops, instead of its own", None, low=0, high=0.95)
     shift: int = setting("augmentation: random shift by up to this many input pixels", 0, low=0, high=1024)
+    augment: tuple[Literal["crop", "flip", "rotate", "colour", "trivial", "rand"], ...] = setting(
+        "augmentation by torchvision: random resized crop, mirror, rotation, colour jitter, TrivialAugment, RandAugment", ()
+    )
+    mix: Literal["none", "mixup", "cutmix"] = setting("augmentation of a batch: two images and their labels in one", "none")
+    device: Literal["auto", "cpu", "cuda"] = setting("where to train; auto: a GPU if there is one", "auto")
+    autocast: bool = setting("compute in bfloat16 where that is safe; a CPU without its instructions is slower with it", False)
+    channels_last: bool = setting(
+        "keep channels last in memory; depthwise convolutions on a CPU may be several times faster or slower", False
+    )
+    deterministic: bool = setting("refuse operations that have no deterministic implementation", False)
     seed: int = setting("seed of shuffling, augmentation and a new head", 0, low=0, high=2**32 - 1)
 
 
@@ -90,6 +154,19 @@ class ExportTable:
     formats: tuple[Literal["onnx", "torchscript"], ...] = setting("which files to write", ("onnx",))
     batch: int | Literal["dynamic"] = setting("dynamic, or a fixed number of images", "dynamic", low=1, high=65_536)
     opset: Literal[19] = setting("ONNX opset; 19 is the newest that TensorRT 10.3 reads and carries FP16 scales", 19)
+    exporter: Literal["auto", "new", "legacy"] = setting(
+        "which of torch's exporters to ONNX: the new one (torch.export), the legacy one (TorchScript tracing), or the one that "
+        "our own table names for this network",
+        "auto",
+    )
+    cross_check: bool = setting("run both exporters on the same weights and inputs, and keep what passes", False)
+    size: Literal["fixed", "dynamic"] = setting(
+        "whether height and width are the preprocessing's, or any; refused for networks whose layers fix them", "fixed"
+    )
+    input: Literal["float", "uint8 NHWC", "uint8 NCHW"] = setting(
+        "what a program feeds: normalised floats, or bytes in that layout, which the file scales and normalises itself, exactly",
+        "float",
+    )
     tolerance: float = setting("largest max|d| / max|y| between an exported file and PyTorch", 1e-4, low=1e-7, high=1)
     samples: int = setting("golden samples stored with each file", 16, low=1, high=4096)
 
@@ -289,6 +366,17 @@ def declared() -> Iterator[tuple[str, Field[Any], Any]]:
                 yield f"{top.name}.{item.name}", item, inner[item.name]
 
 
+def _contradictions_of_training(table: FinetuneTable) -> Iterator[str]:
+    if table.mode == "head first" and table.head_epochs >= table.epochs:
+        yield f"finetune.head_epochs = {table.head_epochs} leaves none of the {table.epochs} epochs for the other layers"
+    if table.cache_features and (table.mode == "all" or table.unfreeze):
+        yield 'finetune.cache_features needs a backbone that stays as it is: mode = "head" or "head first", and no unfreeze'
+    if table.cache_features and table.mix != "none":
+        yield f"finetune.mix = {table.mix!r} mixes pictures, and with cache_features there are none: leave one of them out"
+    if table.views > 1 and not table.cache_features:
+        yield f"finetune.views = {table.views} is for cache_features; without it every epoch sees new views"
+
+
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What each key allows but all of them together do not mean anything."""
     for text in recipe.gate:
@@ -312,6 +400,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"quantize.percentile means nothing with method = {recipe.quantize.method!r}: leave it out or change the method"
     if recipe.finetune is not None and recipe.data.name is None and recipe.data.train is None:
         yield "[finetune] needs training images: set data.train or data.name"
+    if recipe.finetune is not None:
+        yield from _contradictions_of_training(recipe.finetune)
+    if recipe.data.held_out is not None and recipe.data.train is None:
+        yield "data.held_out is for images beside those of data.train: set that too, or leave it out"
     if recipe.quantize is not None and recipe.data.name is None and recipe.data.calibrate is None:
         yield "[quantize] needs calibration images: set data.calibrate (--calibrate DIR) or data.name"
     if recipe.quantize is not None and not recipe.build.runtimes:
@@ -325,6 +417,17 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone: ONNX Runtime on a CPU has no float16 '
             "kernels for convolutions and would cast every layer to float32, and so does OpenVINO here"
         )
+    if recipe.build.float_type == "fp16" and recipe.export.input != "float":
+        yield (
+            f'export.input = {recipe.export.input!r} with build.float_type = "fp16": scaling the bytes would be rounded to '
+            "half precision, and it is to be exact; feed floats, or leave float_type at fp32"
+        )
+    if recipe.export.size == "dynamic" and "openvino" in recipe.build.runtimes:
+        yield 'export.size = "dynamic" with build.runtimes "openvino": its engines are compiled for the sizes of one input'
+    if recipe.export.cross_check and recipe.export.exporter != "auto":
+        yield f"export.cross_check runs both exporters, and export.exporter = {recipe.export.exporter!r} asks for one"
+    if recipe.export.cross_check and "onnx" not in recipe.export.formats:
+        yield 'export.cross_check is about ONNX: add "onnx" to export.formats'
     if recipe.build.keep == "fastest" and not recipe.benchmark.enabled:
         yield 'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false'
     if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not {*recipe.build.runtimes} - {"tensorrt"}):
@@ -394,6 +497,8 @@ def _value(hint: Any, item: Field[Any], value: Any, dotted: str, base: Path, pro
     for option in options:
         if typing.get_origin(option) is tuple:
             return _value(option, item, value, dotted, base, problems)
+        if typing.get_origin(option) is Mapping and isinstance(value, Mapping):
+            return _arguments(value, dotted, problems)
         if typing.get_origin(option) is Literal and any(
             value == word and type(value) is type(word) for word in typing.get_args(option)
         ):
@@ -408,6 +513,28 @@ def _value(hint: Any, item: Field[Any], value: Any, dotted: str, base: Path, pro
             return value
     problems.append(f"{dotted}: expected {' or '.join(map(_type_name, options))}, got {_quote(value)}")
     return value
+
+
+def _arguments(content: Mapping[str, Any], dotted: str, problems: list[str]) -> dict[str, Any]:
+    """A table of arguments by name, whose values are of TOML's plain types."""
+    problems += [f"{dotted}: {_quote(key)} cannot be the name of a parameter" for key in content if not key.isidentifier()]
+    problems += [
+        f"{dotted}.{key}: expected text, a finite number, true, false or a list of these, got {_quote(value)}"
+        for key, value in content.items()
+        if not _is_plain(value)
+    ]
+    return dict(content)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written as TOML and as JSON: 64-bit whole numbers, no dates, no NaN."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, bool):
+        return True
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return _is_utf8(value) if isinstance(value, str) else isinstance(value, float) and abs(value) < float("inf")
 
 
 def _text(value: str, dotted: str, base: Path | None, problems: list[str]) -> str:
@@ -486,6 +613,8 @@ def _is_utf8(value: Any) -> bool:
 
 
 def _type_name(option: Any) -> str:
+    if typing.get_origin(option) is Mapping:
+        return "a table"
     if typing.get_origin(option) is Literal:
         return " or ".join(repr(value) for value in typing.get_args(option))
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(option, str(option))

@@ -15,7 +15,7 @@ import numpy as np
 from deploykit import artifact, data
 from deploykit.artifact import Artifact, Preprocess
 from deploykit.data import Images, Splits
-from deploykit.errors import DataError, printable
+from deploykit.errors import DataError, UsageError, printable
 from deploykit.jsonable import digest, to_json
 from deploykit.progress import Progress, silent
 from deploykit.recipe import Recipe
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOISE = "noise"
 # Enough for BatchNorm to see spatial statistics of many pictures, few enough for the activations of a large network.
-_BATCH_NORM_BATCH = 16
+_BATCH_NORM_BATCH, _BATCH_NORM_BATCH_LARGE, _LARGE = 16, 4, 320  # images, and pixels of a side
 _ANY_PREPROCESS = Preprocess(resize=None, crop=(1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, fit="stretch")
 
 
@@ -40,16 +40,19 @@ class Sources:
         """The FP32 PyTorch network that is exported: fine-tuned if there is such a stage.
 
         Random weights get BatchNorm statistics from the calibration pictures: without them the activations of a deep
-        network vanish or explode, and neither ranges nor parity would mean anything.
+        network vanish or explode, and neither ranges nor parity would mean anything. What is no classifier gets them in any case,
+        for its answers without them are one class everywhere, or no boxes.
         """
         from deploykit import models
 
         found = self.untrained
         if self.finetuned is not None:
             return models.with_weights(found, self.finetuned.path, origin=f"fine-tuned from {found.weights}")
-        if found.is_random and self.calibration is not None:
-            pictures = self.calibration.batches(found.preprocess, _BATCH_NORM_BATCH)
-            models.calibrate_batch_norm(found, pictures)
+        pictures = self.calibration if found.task == "classify" else self.evaluation
+        if found.is_random and pictures is not None:
+            is_large = found.task != "classify" and max(found.preprocess.crop) > _LARGE
+            size = _BATCH_NORM_BATCH_LARGE if is_large else _BATCH_NORM_BATCH
+            models.calibrate_batch_norm(found, pictures.batches(found.preprocess, size))
         return found
 
     @cached_property
@@ -61,6 +64,11 @@ class Sources:
             return models.load(self.recipe.model, self.recipe.preprocess)
         classes = self.train.classes
         found = models.load(self.recipe.model, self.recipe.preprocess, data_classes=classes)
+        if found.task != "classify":
+            why = f"its task is to {found.task}, and the pictures of data.train have one label each"
+            raise UsageError(
+                f"{found.name} cannot be fine-tuned here", why=why, fix="leave out [finetune], and name a checkpoint"
+            )
         return models.with_classes(found, classes, seed=self.recipe.finetune.seed)
 
     @property
@@ -90,9 +98,12 @@ class Sources:
             return self._splits.test
         table = self.recipe.data
         if table.validate is not None:
+            from deploykit.models.tasks import SCENES
             from deploykit.models.torchvision import imagenet_synsets
 
             model = self.untrained  # fine-tuning changes its weights, not its classes
+            if model.task in SCENES:  # there is no folder for the classes of pixels and boxes
+                return self._checked(data.folder(Path(table.validate), labelled=False, skip_bad=True), "validation")
             synsets = imagenet_synsets() if model.num_classes == len(imagenet_synsets()) else ()
             found = data.folder(Path(table.validate), classes=model.classes, synsets=synsets, labelled=True, skip_bad=True)
             if len(found.classes) != model.num_classes:
@@ -141,7 +152,7 @@ class Sources:
         """The recipe's tables about the network, its checkpoint, and a user's code: torch is loaded only for the last."""
         table = self.recipe.model
         files = [Path(table.weights)] if Path(table.weights).is_file() else []
-        if ":" in table.name:
+        if table.is_user_code:
             from deploykit.models import user
 
             _ = self.untrained  # what the code imports is known once it has run
@@ -187,13 +198,18 @@ class Sources:
 
     @cached_property
     def _train_and_held_out(self) -> tuple[Images, Images]:
-        """Nine tenths to train on and one tenth to select on, each class in the same proportion."""
+        """What to train on and what to select on: two folders, or nine tenths and one of the same, of each class alike."""
         table = self.recipe.data
         assert table.train is not None
         found = data.folder(Path(table.train), labelled=True, skip_bad=True)
         # The network is not known yet, only the names of its classes; any preparation finds what cannot be decoded.
         found = found.checked(_ANY_PREPROCESS, skip_bad=table.skip_bad_images, progress=self._announced("training"))
         assert found.labels is not None
+        if len(found.classes) < 2:
+            why = f"{printable(table.train)} has the class {', '.join(found.classes)} alone"
+            raise DataError("there is nothing to learn", why=why, fix="one sub-folder for each of two or more classes")
+        if table.held_out is not None:
+            return found, self._held_out_beside(found)
         lonely = [found.classes[label] for label in range(len(found.classes)) if (found.labels == label).sum() < 2]
         if lonely:
             raise DataError(
@@ -209,11 +225,28 @@ class Sources:
         rest = sorted(set(range(len(found))) - set(held_out))
         return found.take(rest), found.take(sorted(held_out))
 
+    def _held_out_beside(self, train: Images) -> Images:
+        """The pictures of data.held_out, labelled by the classes of `train`."""
+        table = self.recipe.data
+        assert table.held_out is not None
+        found = data.folder(Path(table.held_out), classes=train.classes, labelled=True, skip_bad=True)
+        found = found.checked(_ANY_PREPROCESS, skip_bad=table.skip_bad_images, progress=self._announced("held-out"))
+        both = set(found.contents) & set(train.contents)
+        if both:
+            known = next(name for name, content in zip(found.names, found.contents, strict=True) if content in both)
+            raise DataError(
+                f"{len(both)} images of {printable(table.held_out)} are also training images",
+                why=f"the best epoch must not be chosen by what was learned; the first is {known}",
+                fix="keep the two folders apart",
+            )
+        return found
+
 
 def _noise(model: Model, count: int) -> Images:
     """Pictures of seeded noise, for exports without any picture: answers can be compared, decisions mean nothing."""
     generator = np.random.default_rng(0)
-    channels, height, width = model.preprocess.shape
+    channels, (height, width) = len(model.preprocess.channels), model.preprocess.crop
+    width *= 1 if model.preprocess.frames is None else 2  # room for the crop to move
     shape = (height, width) if channels == 1 else (height, width, channels)
     return Images(
         names=tuple(f"noise/{index:02d}" for index in range(count)),

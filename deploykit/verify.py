@@ -9,14 +9,15 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import export, parity, runtimes
+from deploykit import export, parity, runtimes, scenes, viewing
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.build import Engine
 from deploykit.data import Images
-from deploykit.gate import GateResult, Rule, Verdict, judge, smallest_visible_drop, worst
+from deploykit.gate import GateResult, Rule, Verdict, judge, judge_parts, smallest_visible_drop, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import available_cores
 from deploykit.models import Model
+from deploykit.models.tasks import SCENES
 from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
 from deploykit.quantize.sensitivity import decibels
@@ -57,6 +58,8 @@ def verify(
 
     Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must.
     """
+    if model.task in SCENES:
+        return _verify_scenes(model, images, exports, engines, rules, progress)
     batch = exports[0].inputs[0].shape[0]
     reference = _reference(model, images, batch, progress)
     name = pictures.class_namer(model, images)
@@ -64,7 +67,7 @@ def verify(
     gates: list[GateResult] = []
     int8_answers: list[Logits] = []
     for case in _cases(exports, engines):
-        batches = _announced(images, model, case, progress)
+        batches = _announced(images, case, progress)
         answers = runtimes.answers(case.session, case.artifact, batches)
         comparison = parity.compare(answers, reference, images.names, images.labels)
         conversion = _conversion(case)
@@ -73,11 +76,54 @@ def verify(
         if conversion is not None:
             gates.append(_conversion_gate(case, conversion))
         if not np.isfinite(answers).all():
-            gates.append(_finite_gate(case.label, answers, images))
+            broken = np.flatnonzero(~np.isfinite(answers).all(axis=1))
+            gates.append(_finite_gate(case.label, [images.names[index] for index in broken], len(images)))
         if case.artifact.precision is Precision.INT8:
             int8_answers.append(answers)
             gates += [_labelled(case, judge(rule, comparison.counts)) for rule in rules]
     gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
+    shown = pictures.chosen(images, reference, int8_answers, name)
+    return _verified(model, images, found, gates, _doubts(images, decides=_decides(reference)), shown)
+
+
+def _verify_scenes(
+    model: Model,
+    images: Images,
+    exports: Sequence[Artifact],
+    engines: Sequence[Engine],
+    rules: Sequence[Rule],
+    progress: Progress,
+) -> dict[str, Any]:
+    """`verify` where answers are about pixels or boxes: everything sees one picture after the other; no answer is kept."""
+    cases = list(_cases(exports, engines))
+    viewers = [viewing.Viewer.of(case.artifact, case.session) for case in cases]
+    decides = viewing.show(model, images, viewers, progress)
+    found: list[dict[str, Any]] = []
+    gates: list[GateResult] = []
+    for case, viewer in zip(cases, viewers, strict=True):
+        conversion, decided = _conversion(case), viewer.tally.decided()
+        case.session.close()
+        errors = {"quantization": {**_finite(asdict(viewer.errors)), "images": len(images)}, **viewing.as_json(decided)}
+        found.append({**_about(case, len(images), conversion), **errors})
+        if conversion is not None:
+            gates.append(_conversion_gate(case, conversion))
+        if viewer.not_finite:
+            gates.append(_finite_gate(case.label, viewer.not_finite, len(images)))
+        if case.artifact.precision is Precision.INT8:
+            parts, pairs = viewing.plural(decided.unit), viewing.counts(decided)
+            gates += [_labelled(case, judge_parts(rule, parts, pairs)) for rule in rules]
+    gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
+    return _verified(model, images, found, gates, _doubts(images, decides=decides, is_scene=True), [])
+
+
+def _verified(
+    model: Model,
+    images: Images,
+    found: list[dict[str, Any]],
+    gates: Sequence[GateResult],
+    doubts: Sequence[str],
+    shown: list[dict[str, Any]],
+) -> dict[str, Any]:
     return {
         "summary": _summary(found),
         "parity": found,
@@ -86,8 +132,8 @@ def verify(
         "evaluated_on": {"origin": images.origin, "images": len(images), "labelled": images.labels is not None},
         "random": model.is_random,
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-        "notes": [*model.notes, *_doubts(images, reference)],
-        "samples": pictures.chosen(images, reference, int8_answers, name),
+        "notes": [*model.notes, *doubts],
+        "samples": shown,
     }
 
 
@@ -123,17 +169,23 @@ def graph_answers(session: Session, model: Artifact, images: Images, *, progress
     return answers
 
 
-def _doubts(images: Images, reference: Logits) -> list[str]:
+def _doubts(images: Images, *, decides: bool, is_scene: bool = False) -> list[str]:
     """What makes every comparison pass without proving anything: say so instead of looking good."""
     found = []
     if images.origin == NOISE:
         found.append("no pictures were given, so everything was compared on noise: answers can be, decisions mean nothing")
-    elif images.labels is None:
+    elif images.labels is None and not is_scene:
         found.append("decisions were compared on the calibration images; labelled ones (--validate DIR) would say more")
-    spread = float(np.ptp(reference, axis=0).max()) if len(reference) > 1 else 1.0
-    if spread <= _CONSTANT * max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny)):
-        found.append("FP32 PyTorch gives the same answer to every image, so agreement and errors prove nothing here")
+    if not decides:
+        nothing = "finds no box, or one class everywhere" if is_scene else "gives the same answer to every image"
+        found.append(f"FP32 PyTorch {nothing}, so agreement and errors prove nothing here")
     return found
+
+
+def _decides(reference: Logits) -> bool:
+    """Whether answers to different images are different, by more than rounding."""
+    spread = float(np.ptp(reference, axis=0).max()) if len(reference) > 1 else 1.0
+    return spread > _CONSTANT * max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny))
 
 
 def _reference(model: Model, images: Images, fixed: int | str, progress: Progress) -> Logits:
@@ -145,9 +197,9 @@ def _reference(model: Model, images: Images, fixed: int | str, progress: Progres
     return np.concatenate(answers)
 
 
-def _announced(images: Images, model: Model, case: Case, progress: Progress) -> Iterator[NDArray[np.float32]]:
+def _announced(images: Images, case: Case, progress: Progress) -> Iterator[NDArray[np.float32]]:
     fixed, done = case.artifact.inputs[0].shape[0], 0
-    for batch in images.batches(model.preprocess, fixed if isinstance(fixed, int) else _BATCH):
+    for batch in images.batches(case.artifact.preprocess, fixed if isinstance(fixed, int) else _BATCH):
         yield batch
         done += len(batch)
         progress(f"parity: {case.label}", done, len(images))
@@ -173,14 +225,17 @@ def _conversion(case: Case) -> Conversion | None:
     if not case.is_engine:
         return None
     golden = case.artifact.samples()
+    if scenes.kind_of(case.artifact.outputs) == "boxes":
+        inputs = golden.inputs[case.artifact.inputs[0].name]
+        found = list(viewing.golden_answers(case.session, case.artifact, inputs))
+        return parity.conversion_of_boxes(found, golden, case.artifact.precision)
     pieces = runtimes.pieces(case.artifact, golden)
     actual = {case.artifact.outputs[0].name: runtimes.answers(case.session, case.artifact, pieces)}
     return parity.conversion(actual, golden, case.artifact.precision)
 
 
-def _finite_gate(label: str, answers: Logits, images: Images) -> GateResult:
-    broken = np.flatnonzero(~np.isfinite(answers).all(axis=1)).tolist()
-    reason = f"NaN or infinite on {len(broken)} of {len(images)} images, the first is {images.names[broken[0]]}"
+def _finite_gate(label: str, broken: Sequence[str], images: int) -> GateResult:
+    reason = f"NaN or infinite on {len(broken)} of {images} images, the first is {broken[0]}"
     return GateResult(f"{label}: every answer is a number", Verdict.FAIL, len(broken), None, reason)
 
 
@@ -252,15 +307,8 @@ def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, 
         }
         for flip in comparison.flips[:_LISTED_FLIPS]
     ]
-    converted = None
-    if conversion is not None:
-        errors = _finite(asdict(conversion.errors))
-        converted = {**errors, "images": conversion.images, "rule": conversion.rule, "verdict": conversion.verdict.value}
     return {
-        "label": case.label,
-        "precision": case.artifact.precision.value,
-        "images": comparison.images,
-        "conversion": converted,
+        **_about(case, comparison.images, conversion),
         "quantization": {**_finite(asdict(comparison.errors)), "images": comparison.images},
         "agreement": comparison.agreement,
         "disagreement_count": len(comparison.flips),
@@ -269,12 +317,18 @@ def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, 
     }
 
 
+def _about(case: Case, images: int, conversion: Conversion | None) -> dict[str, Any]:
+    converted = None
+    if conversion is not None:
+        errors = _finite(asdict(conversion.errors))
+        converted = {**errors, "images": conversion.images, "rule": conversion.rule, "verdict": conversion.verdict.value}
+    return {"label": case.label, "precision": case.artifact.precision.value, "images": images, "conversion": converted}
+
+
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no infinity: an SQNR of identical tensors becomes null."""
     return {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
 
 
 def _summary(found: Iterable[Mapping[str, Any]]) -> str:
-    return "; ".join(
-        f"{case['label']}: {case['disagreement_count']} of {case['images']} images decided otherwise" for case in found
-    )
+    return "; ".join(f"{case['label']}: {units.decided_otherwise(case)} decided otherwise" for case in found)

@@ -16,7 +16,7 @@ from deploykit.recipe import Recipe, dump
 
 RECIPE = "recipe.toml"
 _OUR_NAMES = re.compile(
-    r"recipe\.toml|result\.json|report\.html|finetune|equalize|calibrate|parity|benchmark|fastest"
+    r"recipe\.toml|result\.json|report\.html|training\.html|finetune(\.epochs)?|equalize|calibrate|parity|benchmark|fastest"
     r"|export-(onnx|torchscript)(-fp16)?|quantize-(onnxruntime|openvino|tensorrt)(-fp16)?"
     r"|build-(onnxruntime|openvino|tensorrt)-(fp32|fp16|int8)"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,8 @@ def _types(hint: Any) -> Iterator[str]:
         yield from (f"`{json.dumps(value)}`" for value in arguments)
     elif typing.get_origin(hint) is tuple:
         yield f"list of {' or '.join(_types(arguments[0]))}"
+    elif typing.get_origin(hint) is Mapping:
+        yield "table"
     elif arguments:
         for option in arguments:
             yield from _types(option)

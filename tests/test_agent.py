@@ -479,3 +479,9 @@ class TestTheZipappOnItsOwn:
 
         assert measured["latency"]["median_ns"] > 0
         assert run("probe")["runtimes"]["onnxruntime"] == "loads"
+
+
+@pytest.mark.parametrize("span", ["nan", "-1", "inf", "soon"])
+def test_a_trial_that_could_never_end_is_refused(device, span):
+    with pytest.raises(SystemExit, match="2"):
+        device("activate", 64 * "0", f"--confirm-within={span}")

@@ -7,6 +7,7 @@ import math
 import os
 import runpy
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,8 @@ def _values(hint: Any, metadata: typing.Mapping[str, Any], texts: st.SearchStrat
         return st.sampled_from(arguments)
     if typing.get_origin(hint) is tuple:
         return st.lists(_values(arguments[0], metadata, texts), min_size=1, max_size=3, unique=True)
+    if typing.get_origin(hint) is Mapping:
+        return st.dictionaries(st.from_regex("[a-z_]{1,5}", fullmatch=True), st.integers(-9, 9), max_size=2)
     if arguments:
         return st.one_of(*(_values(option, metadata, texts) for option in arguments if option is not type(None)))
     if hint is str:
@@ -77,6 +80,10 @@ def given(dotted: str, value: Any) -> dict[str, Any]:
     (content.setdefault(table, {}) if table else content)[key] = value
     if dotted == "quantize.percentile":
         content["quantize"]["method"] = "percentile"
+    if dotted == "finetune.views":
+        content["finetune"] |= {"mode": "head", "cache_features": True}
+    if dotted == "finetune.head_epochs":
+        content["finetune"]["epochs"] = 10_000
     return content
 
 
@@ -93,6 +100,11 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     for key in ("float_type", "keep"):
         content.get("build", {}).pop(key, None)
     content.get("quantize", {}).pop("cpu", None)
+    for key in ("mode", "cache_features", "views"):
+        content.get("finetune", {}).pop(key, None)
+    for key in ("exporter", "cross_check", "size", "input"):
+        content.get("export", {}).pop(key, None)
+    content.get("data", {}).pop("held_out", None)
     content["name"] = content["name"].replace("/", "-").replace(".", "-")
     if content.get("quantize", {}).get("percentile") is not None:
         content["quantize"]["method"] = "percentile"
@@ -203,7 +215,8 @@ class TestProblems:
 
     def test_a_key_that_resembles_none_is_answered_with_all_there_are(self):
         assert problems(data={"zzz": 1}) == (
-            "[data]: unknown key 'zzz'; known are name, train, calibrate, validate, calibration_images, skip_bad_images, seed",
+            "[data]: unknown key 'zzz'; known are name, train, held_out, calibrate, validate, calibration_images, "
+            "skip_bad_images, seed",
         )
 
     def test_a_missing_table_is_asked_for(self):
@@ -366,6 +379,22 @@ class TestContradictions:
         ("tables", "wanted"),
         [
             ({"finetune": {}}, "[finetune] needs training images: set data.train or data.name"),
+            (
+                {"finetune": {"mode": "head first", "epochs": 3}, "data": {"train": "train"}},
+                "finetune.head_epochs = 3 leaves none of the 3 epochs for the other layers",
+            ),
+            (
+                {"finetune": {"cache_features": True}, "data": {"train": "train"}},
+                'finetune.cache_features needs a backbone that stays as it is: mode = "head" or "head first", and no unfreeze',
+            ),
+            (
+                {"finetune": {"views": 2}, "data": {"train": "train"}},
+                "finetune.views = 2 is for cache_features; without it every epoch sees new views",
+            ),
+            (
+                {"data": {"held_out": "val"}},
+                "data.held_out is for images beside those of data.train: set that too, or leave it out",
+            ),
             (
                 {"quantize": {}},
                 "[quantize] needs calibration images: set data.calibrate (--calibrate DIR) or data.name",

@@ -11,20 +11,38 @@ This package runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from statistics import median
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from deploykit.artifact import Artifact
 from deploykit.benchmark import validity
 from deploykit.benchmark.report import BenchmarkReport, Process, about
-from deploykit.errors import DeploykitError
+from deploykit.benchmark.scenarios import SINGLE_STREAM, Scenario
+from deploykit.errors import DeploykitError, UsageError
+from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import KernelTime
+
+# With -m the current directory comes first in the child's path: the one that holds this package, so that the child
+# measures this code, and neither another installed copy nor a user's random.py is imported.
+_HERE = Path(__file__).absolute().parents[2]
+_IS_ZIPAPP = _HERE.suffix == ".pyz"
+# Out of a zipapp the app itself runs that module when it gets this word: a file is no current directory.
+CHILD = "benchmark-process"
+_COMMAND = [sys.executable, str(_HERE), CHILD] if _IS_ZIPAPP else [sys.executable, "-m", "deploykit.benchmark.process"]
+_PLACE = _HERE.parent if _IS_ZIPAPP else _HERE
+_HEAD_START_NS = 50_000_000  # from the word to the start: enough for all instances to hear it
 
 
 def benchmark(
@@ -36,6 +54,7 @@ def benchmark(
     offline_batches: Sequence[int],
     offline_seconds: float,
     seed: int,
+    scenario: Scenario = SINGLE_STREAM,
     progress: Progress = silent,
 ) -> BenchmarkReport:
     """Measure each engine on its own golden samples in `processes` fresh processes, all of them in random order.
@@ -44,19 +63,29 @@ def benchmark(
     noise floor of the run. A process that the kernel's accounts call disturbed is measured again at the end, for up to half
     as many processes as were asked for: choosing by the cause, and never by the time, leaves the times unbiased.
 
-    Raises DeploykitError with what a process printed when it fails.
+    How queries come is the `scenario`; other ones than single-stream measure no offline throughput. With several instances, a
+    process of the report is a group of them, side by side on cores of their own.
+
+    Raises DeploykitError with what a process printed when it fails, UsageError for more instances than there are cores.
     """
     baseline = next(iter(engines))
     order = [(label, False) for label in engines for _ in range(processes)]
     order += [(baseline, True)] * processes
     random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
-    request = {"queries": queries, "warmup": warmup, "offline_batches": list(offline_batches), "offline_seconds": offline_seconds}
+    request: dict[str, Any] = {"queries": queries, "warmup": warmup}
+    request |= {"offline_batches": list(offline_batches), "offline_seconds": offline_seconds}
+    if scenario != SINGLE_STREAM:
+        request |= {"scenario": to_json(scenario), "seed": seed}
+    cores = cores_of_instances(scenario.instances)
     found: list[Process] = []
     again_at_most = len(order) // 2
     while len(found) < len(order):
         progress("benchmark", len(found), len(order))
         label, again = order[len(found)]
-        answer = _in_fresh_process({**request, "engine": str(engines[label].folder.absolute())})
+        asked = {**request, "engine": str(engines[label].folder.absolute())}
+        if "seed" in asked:
+            asked["seed"] = seed + len(found)  # so that queries come at other moments in each process
+        answer = _in_fresh_process(asked) if scenario.instances == 1 else _side_by_side(asked, cores)
         found.append(Process.from_json({"label": label, "again": again, **answer}))
         if validity.disturbances(found[-1].conditions) and again_at_most:
             order.append((label, again))
@@ -64,6 +93,15 @@ def benchmark(
     progress("benchmark", len(order), len(order))
     settings = {**request, "processes": processes, "seed": seed, "engines": {label: about(e) for label, e in engines.items()}}
     return BenchmarkReport(tuple(found), baseline, settings, Machine.probe())
+
+
+def cores_of_instances(instances: int) -> list[list[int]]:
+    """The cores of each instance: neighbours, as many for each. Raises UsageError when there are more instances than cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // instances
+    if not each:
+        raise UsageError(f"{instances} instances want as many cores", why=f"this process may use {len(cores)}")
+    return [cores[number * each : (number + 1) * each] for number in range(instances)]
 
 
 def profile(engine: Artifact, model: Artifact, *, queries: int = 20) -> list[KernelTime]:
@@ -76,14 +114,97 @@ def profile(engine: Artifact, model: Artifact, *, queries: int = 20) -> list[Ker
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
-    # With -m the current directory comes first in the child's path: the one that holds this package, so that the child
-    # measures this code, and neither another installed copy nor a user's random.py is imported.
-    command = [sys.executable, "-m", "deploykit.benchmark.process"]
-    here = Path(__file__).absolute().parents[2]
-    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd=here, check=False)
+    child = subprocess.run(_COMMAND, input=json.dumps(request), capture_output=True, text=True, cwd=_PLACE, check=False)
     if child.returncode != 0:
-        raise DeploykitError(
-            f"a benchmark process ended with exit code {child.returncode}", why=child.stderr.strip()[-2000:] or "it said nothing"
-        )
+        raise _failed(child.returncode, child.stderr)
     answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return answer
+
+
+def _side_by_side(request: Mapping[str, Any], cores: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What as many processes as there are groups of `cores` measured at the same time, each on its own, taken together."""
+    with ExitStack() as stack:
+        children = [stack.enter_context(_waiting({**request, "cores": list(own)})) for own in cores]
+        for child, errors in children:
+            _answer_of(child, errors)  # ready
+        start = time.perf_counter_ns() + _HEAD_START_NS
+        for child, _ in children:
+            _say(child, str(start))
+        answers = [_answer_of(child, errors) for child, errors in children]
+    return together(answers, seconds=request["offline_seconds"])
+
+
+def together(answers: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[str, Any]:
+    """Instances as one: their queries in turn, throughput over so many seconds and memory of all, the slowest's times to load."""
+    each = [
+        (median(answer["latency_ns"]), answer["images_per_query"] * len(answer["latency_ns"]) / seconds) for answer in answers
+    ]
+    # In turn, because the order of queries is looked at for a drift.
+    in_turn = {
+        key: [value for row in zip_longest(*(answer[key] for answer in answers)) for value in row if value is not None]
+        for key in ("latency_ns", "end_to_end_ns")
+    }
+    first = answers[0]
+    return {
+        **first,
+        **in_turn,
+        "feed_ns": [],
+        "offline": [[first["images_per_query"], sum(per_second for _, per_second in each)]],
+        "instances": each,
+        **{key: max(answer[key] for answer in answers) for key in ("load_ns", "first_ns", "harness_ns")},
+        **{key: sum(answer[key] for answer in answers) for key in ("idle_bytes", "peak_bytes")},
+        "conditions": _conditions([answer["conditions"] for answer in answers]),
+    }
+
+
+def _conditions(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Those of processes on cores of their own: what was counted on each of them adds up, the longest window is that of all."""
+    found: dict[str, Any] = {}
+    for key in each[0]:
+        values = [conditions[key] for conditions in each]
+        if isinstance(values[0], (list, tuple)):
+            found[key] = [value for list_of_one in values for value in list_of_one]
+        elif key in ("wall_ns", "suspended_ns", "throttled_ns", "energy_uj"):
+            found[key] = None if None in values else max(values)  # of the whole machine or group, not of some cores
+        else:
+            found[key] = None if None in values else sum(values)
+    return found
+
+
+@contextmanager
+def _waiting(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A process that has been given a request and is spoken with line by line, and the file of what it says beside; it is
+    ended when the block ends."""
+    with TemporaryFile("w+") as errors:
+        child = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=_PLACE)
+        try:
+            _say(child, json.dumps(request))
+            yield child, errors
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def _say(child: subprocess.Popen[str], line: str) -> None:
+    assert child.stdin is not None
+    try:
+        child.stdin.write(line + "\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has died, and what it answers, nothing, says so with its reason
+
+
+def _answer_of(child: subprocess.Popen[str], errors: IO[str]) -> dict[str, Any]:
+    """The next line that a process says. Raises DeploykitError with its words when it has ended instead."""
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    if not line:
+        code = child.wait()
+        errors.seek(0)
+        raise _failed(code, errors.read())
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def _failed(code: int, words: str) -> DeploykitError:
+    return DeploykitError(f"a benchmark process ended with exit code {code}", why=words.strip()[-2000:] or "it said nothing")

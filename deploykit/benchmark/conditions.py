@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from deploykit.machine import available_cores
+from deploykit.telemetry import board, throttling
 
 _ROOT = Path("/")
 _FIXED_WORK = bytes(1 << 18)  # fits any second-level cache, so that the loop measures the clock and not the memory
@@ -36,7 +37,7 @@ class Conditions:
     not. others_ns: CPU time that others took on the same cores. stolen_ns: time the hypervisor took from these cores.
     throttled_ns: time a container's CPU quota stopped it. suspended_ns: time the machine slept. fixed_work_ns: the same
     piece of work on all cores at once, before, between and after. clock_khz: the cores' clocks, as often.
-    energy_uj: energy of the whole package over the window.
+    energy_uj: energy of the whole package over the window. throttled: why a board with a GPU throttled, by its own files.
     """
 
     cores: int
@@ -50,13 +51,16 @@ class Conditions:
     fixed_work_ns: tuple[int, ...]
     clock_khz: tuple[int, ...]
     energy_uj: int | None
+    throttled: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Conditions:
         """The inverse of `jsonable.to_json`. Raises KeyError, TypeError or ValueError for what is none."""
         lists = {key: tuple(map(int, value[key])) for key in ("fixed_work_ns", "clock_khz")}
-        numbers: dict[str, Any] = {key: None if given is None else int(given) for key, given in value.items() if key not in lists}
-        found = cls(**{**numbers, **lists})
+        throttled = tuple(map(str, value.get("throttled", ())))
+        rest = value.keys() - lists.keys() - {"throttled"}
+        numbers: dict[str, Any] = {key: None if value[key] is None else int(value[key]) for key in rest}
+        found = cls(**{**numbers, **lists}, throttled=throttled)
         if min(found.cores, found.wall_ns, *found.fixed_work_ns) < 1 or not found.fixed_work_ns:
             raise ValueError("these conditions were never measured")
         return found
@@ -79,6 +83,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.look()
+        self._board = board.look(self._root)
         self._waited = _waited(self._root)
         self._start = _accounts(self._root, self._cores)
         return self
@@ -104,6 +109,7 @@ class Watch:
             others_ns=others,
             fixed_work_ns=tuple(self._work),
             clock_khz=tuple(self._clocks),
+            throttled=tuple(throttling.between(self._board, board.look(self._root))),
             **spent,
         )
 

@@ -89,8 +89,8 @@ def check_same_engine(earlier: BenchmarkReport, label: str, here: Mapping[str, A
 
 
 def check_same_queries(earlier: BenchmarkReport, settings: Mapping[str, Any]) -> None:
-    """Raises UsageError when an earlier run was warmed up otherwise or asked another number of queries."""
-    here = {key: settings[key] for key in ("queries", "warmup")}
+    """Raises UsageError when an earlier run was warmed up otherwise, asked another number of queries, or in another scenario."""
+    here = {key: settings.get(key) for key in ("queries", "warmup", "scenario")}
     different = [
         f"{key}: {earlier.settings.get(key)} there, {value} here"
         for key, value in here.items()

@@ -43,6 +43,10 @@ class Process:
     latency_ns is compute alone and end_to_end_ns holds the copies, one for each query of `images_per_query` images: one,
     or the batch that is fixed in the engine. offline is (batch, images per second). first_ns is the first inference after
     loading. harness_ns is what a query of nothing takes. idle_bytes is the process's peak memory before it loaded.
+
+    In another scenario than single-stream, latency_ns is what that calls the latency of a query. rate_per_second is the rate of
+    arrivals that was found, where one was searched; instances is (median latency, images per second) of each process where
+    several ran side by side and are one here. feed_ns is the part of end_to_end_ns that copies to the device.
     """
 
     label: str
@@ -57,6 +61,9 @@ class Process:
     idle_bytes: int
     peak_bytes: int
     conditions: Conditions
+    rate_per_second: float | None = None
+    instances: tuple[tuple[float, float], ...] = ()
+    feed_ns: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Process:
@@ -67,6 +74,10 @@ class Process:
         lists |= {key: int(value[key]) for key in ("images_per_query", "load_ns", "first_ns", "idle_bytes", "peak_bytes")}
         offline = tuple((int(batch), float(per_second)) for batch, per_second in value["offline"])
         conditions = Conditions.from_json(value["conditions"])
+        instances = tuple((float(median_ns), float(per_second)) for median_ns, per_second in value.get("instances", ()))
+        rate = value.get("rate_per_second")
+        lists |= {"instances": instances, "rate_per_second": None if rate is None else float(rate)}
+        lists["feed_ns"] = tuple(map(int, value.get("feed_ns", ())))
         return cls(**{**value, **lists, "offline": offline, "conditions": conditions})
 
     @property
@@ -110,6 +121,19 @@ class Measured:
             for batch, per_second in process.offline:
                 found.setdefault(batch, []).append(per_second)
         return found
+
+    @property
+    def rates_per_second(self) -> list[float]:
+        """The rate of arrivals that each process found; empty where none was searched."""
+        return [process.rate_per_second for process in self.processes if process.rate_per_second is not None]
+
+    @property
+    def instances(self) -> list[tuple[float, float]]:
+        """(median latency in ns, images per second) of each instance, medians over processes; empty where there was one."""
+        return [
+            (statistics.median(ns for ns, _ in same), statistics.median(per_second for _, per_second in same))
+            for same in zip(*(process.instances for process in self.processes), strict=True)
+        ]
 
     def percentile_ns(self, percentile: float) -> float | None:
         """An upper bound of a percentile over the queries of all processes; None when they are too few to state one."""

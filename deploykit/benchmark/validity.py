@@ -37,6 +37,7 @@ def doubts(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -
         *_too_few(engines),
         *_disturbed(engines),
         *_clock([process.conditions for process in order]),
+        *_throttled([process.conditions for process in order]),
         *_drift_inside(engines),
         *_drift_over_the_run(engines, order),
     )
@@ -84,6 +85,14 @@ def _clock(all_conditions: Sequence[Conditions]) -> Iterable[str]:
             f"the same fixed work took {low / 1e3:.0f} to {high / 1e3:.0f} µs: the clock changed (throttling), or the cores "
             "are shared"
         )
+
+
+def _throttled(all_conditions: Sequence[Conditions]) -> Iterable[str]:
+    """A board that slows down to protect itself measures its cooling, whichever process it happened in."""
+    reasons = [reason for conditions in all_conditions for reason in conditions.throttled]
+    if reasons:
+        affected = sum(bool(conditions.throttled) for conditions in all_conditions)
+        yield f"the board throttled in {affected} of {len(all_conditions)} processes: {reasons[0]}"
 
 
 def _drift_inside(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:

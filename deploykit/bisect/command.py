@@ -18,6 +18,7 @@ from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, 
 from deploykit.bisect import graph as graphs
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict
+from deploykit.intake import door
 from deploykit.jsonable import to_json
 from deploykit.progress import Progress, silent
 
@@ -92,6 +93,8 @@ def _side(path: Path) -> Side:
             why = f"it is a {found.format.value} of stage {found.stage}"
             raise UsageError(f"{printable(path)} cannot be bisected", why=why, fix="name the ONNX graph that it was made from")
         return Side(found.path, found.preprocess, _golden(found))
+    door.onnx_file(path)
+    door.rehearse(path)
     return Side(path)
 
 
@@ -119,6 +122,11 @@ def _exported(name: str, weights: str, folder: Path) -> tuple[Side, Model]:
     from deploykit.recipe import ExportTable, ModelTable
 
     model = models.load(ModelTable(name=name, weights=weights))
+    if model.task == "detect":
+        why = "its layers behind the backbone see another number of boxes for each picture"
+        raise UsageError(
+            f"{printable(name)} cannot be bisected", why=why, fix=f"deploykit parity {printable(name)} B compares it"
+        )
     inputs = _noise((_EXPORT_SAMPLES, *model.preprocess.shape))
     made = export.onnx_model(model, inputs, None, ExportTable(), folder)
     return Side(made.path, model.preprocess), model

@@ -14,6 +14,7 @@ from torch import nn
 from deploykit.artifact import Tensors
 from deploykit.bisect import graph as graphs
 from deploykit.bisect.graph import Graph
+from deploykit.models.tasks import network_of
 
 
 class Watched:
@@ -28,7 +29,7 @@ class Watched:
         self._nodes: dict[str, list[Any]] = defaultdict(list)
         for node in graph.proto.graph.node:
             self._nodes[graphs.module_of(node)].append(node)
-        self._paths = {child: path for path, child in module.named_modules() if not list(child.children())}
+        self._paths = {child: path for path, child in network_of(module).named_modules() if not list(child.children())}
         self._given: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._hooks = [child.register_forward_hook(self._hook) for child in self._paths]
 

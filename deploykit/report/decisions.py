@@ -252,6 +252,8 @@ def _sqnr(error: Result) -> float | None:
 
 
 def _flip_sentence(entry: Result) -> str:
+    if "parts" in entry:
+        return f"{units.decided_otherwise(entry)} are decided otherwise than by FP32 PyTorch ({units.of_parts(entry)})."
     images, agreement = entry.get("images") or 0, entry["agreement"]
     listed = len(entry.get("disagreements") or ())
     changed = entry.get("disagreement_count", round((1 - agreement) * images) if images else listed)

@@ -16,6 +16,8 @@ from deploykit.report.parts import Result, notice, times
 from deploykit.report.units import count, plural
 
 SCHEMA = 1
+# What every page of ours starts with, and hardly any other: by it a page is known that may be written anew.
+PAGE_START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"'
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,24 @@ def render(result: Mapping[str, Any]) -> str:
     contents = [
         element("section", element("h2", section.title), section.content(result), id=section.anchor) for section in IN_ORDER
     ]
-    return "<!doctype html>\n" + element(
-        "html", _head(result), element("body", element("main", _top(result), *contents), _script()), lang="en"
-    )
-
-
-def _head(result: Result) -> Markup:
     verdict = result.get("verdict") or "no gate"
+    return page(f"{_name(result)}: {verdict} \N{EN DASH} deploykit report", _top(result), *contents)
+
+
+def page(title: str, *contents: Child) -> str:
+    """A page of ours with these contents: style and script are in it, and it loads nothing from anywhere."""
+    body = element("body", element("main", *contents), _script())
+    return "<!doctype html>\n" + element("html", _head(title), body, lang="en")
+
+
+def _head(title: str) -> Markup:
     return element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_policy()),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{_name(result)}: {verdict} \N{EN DASH} deploykit report"),
+        element("title", title),
         element("style", _asset("page.css")),
     )
 

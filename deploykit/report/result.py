@@ -13,6 +13,7 @@ from deploykit.gate import EXIT_CODES, Verdict, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.recipe import Recipe, dump
+from deploykit.report import units
 
 SCHEMA = 1
 
@@ -63,7 +64,7 @@ def result(
             "parameters": compared["parameters"],
             "input": list(first.preprocess.shape),
             "classes": list(first.classes),
-            "num_classes": first.outputs[0].shape[1],
+            "num_classes": first.facts.get("num_classes", first.outputs[0].shape[1]),
             "notes": compared["notes"],
         },
         "stages": [asdict(stage) for stage in stages],
@@ -93,7 +94,7 @@ def _headline(engines: Sequence[Engine], compared: Mapping[str, Any], measured: 
                 lines.append(f"{engine.label} has no layer in int8: it is the float network under this name")
     for case in compared["parity"]:
         if case["precision"] == Precision.INT8.value:
-            decided = f"{case['disagreement_count']} of {case['images']} images decided otherwise than FP32 PyTorch"
+            decided = f"{units.decided_otherwise(case)} decided otherwise than FP32 PyTorch"
             lines.append(f"{case['label']}: {decided}")
             if case["accuracy"] is not None:
                 mine, theirs = 100 * case["accuracy"]["engine"], 100 * case["accuracy"]["reference"]

@@ -93,8 +93,10 @@ def of_run(result: Result) -> Summary:
 
 
 def of_benchmark(found: Result, *, seconds: float) -> Summary:
-    """What `timing.measure` found in so many seconds."""
+    """What `timing.measure` or `instructions.measure` found in so many seconds."""
     share = seconds / max(1, len(found["gates"]))
+    if found.get("metric") == "instructions":
+        return _of_instructions(found, seconds, share)
     return Summary(
         name="benchmark",
         gates=_or_none([_gate(gate, "", share) for gate in found["gates"]]),
@@ -102,6 +104,23 @@ def of_benchmark(found: Result, *, seconds: float) -> Summary:
         tables=_filled(_latencies(found), _ratios(found)),
         notes=(f"the run is {found['verdict']}",),
         facts={**_machine(found["machine"]), "benchmark": found["verdict"]},
+    )
+
+
+def _of_instructions(found: Result, seconds: float, share: float) -> Summary:
+    counter = found["counter"]
+    rows = tuple((engine["label"], f"{engine['per_query']:,.0f}") for engine in found["engines"])
+    more = tuple((row["label"], row["baseline"], f"{row['percent']:+.3f} %") for row in found["compared"])
+    return Summary(
+        name="benchmark",
+        gates=_or_none([_gate(gate, "", share) for gate in found["gates"]]),
+        seconds=seconds,
+        tables=_filled(
+            Table("Instructions of one query", ("engine", "instructions"), rows),
+            Table("Instructions compared", ("", "than", "more"), more),
+        ),
+        notes=(f"counted by {counter['tool']} on {counter['cpu']}: {counter['tells']}", *found["warnings"]),
+        facts=_machine(found["machine"]),
     )
 
 
@@ -208,7 +227,7 @@ def _cut(lines: Sequence[str], unlisted: int) -> Iterator[str]:
 
 def _unlisted(compared: Iterable[Mapping[str, Any]]) -> int:
     """How many decided otherwise that a result counts and does not name."""
-    return sum(one["disagreement_count"] - len(one["disagreements"]) for one in compared)
+    return sum(one["disagreement_count"] - len(one["disagreements"]) for one in compared if "parts" not in one)
 
 
 def _is_on(label: str, rule: str) -> bool:
@@ -269,11 +288,13 @@ def _compared(result: Result) -> Table:
                 f"{realised['int8']} of {realised['total']}" if realised else "",
                 units.percent(accuracy["engine"]) if accuracy else "",
                 drop,
-                f"{case['disagreement_count']} of {case['images']}",
+                units.decided_otherwise(case).removesuffix(" images"),
                 units.size(engine["bytes"]) if engine else "",
             )
         )
-    return Table("Answers", ("", "int8 layers", "top-1", "drop (95 %)", "images decided otherwise", "size"), tuple(rows))
+    of_parts = any("parts" in case for case in result["parity"])
+    told = "decided otherwise" if of_parts else "images decided otherwise"
+    return Table("Answers", ("", "int8 layers", "top-1", "drop (95 %)", told, "size"), tuple(rows))
 
 
 def _latencies(measured: Result) -> Table:

@@ -36,6 +36,11 @@ def run(result: Mapping[str, Any]) -> str:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
     parts += [*_kept(result), *(f"warning: {warning}" for warning in _too_noisy(result))]
     parts.append(_comparison(result))
+    parts += [
+        f"{case['label']}: {units.decided_otherwise(case)} decided otherwise ({units.of_parts(case)})"
+        for case in result["parity"]
+        if "parts" in case
+    ]
     for engine in result["engines"]:
         if not engine["built"]:
             parts.append(f"no {engine['label']} engine was built: {engine['why']}")
@@ -61,6 +66,10 @@ def run(result: Mapping[str, Any]) -> str:
 
 def benchmark(result: Mapping[str, Any]) -> str:
     """Engines in numbers, what can be told about their differences, the gates, and whether the run may be believed."""
+    if result.get("metric") == "instructions":
+        return _instructions(result)
+    if result.get("metric") == "trtexec":
+        return _trtexec(result)
     settings = result["settings"]
     images = settings["images_per_query"]
     table = _table("", "", "median ms", "95 %", "p90 <=", "p99 <=", "copied", "images/s", "load ms", "MiB")
@@ -71,7 +80,7 @@ def benchmark(result: Mapping[str, Any]) -> str:
             engine["label"],
             _milliseconds(engine["median_ns"]),
             f"{_milliseconds(low)} to {_milliseconds(high)}",
-            *("too few" if bound is None else _milliseconds(bound) for bound in bounds),
+            *map(_or_too_few, bounds),
             _milliseconds(engine["end_to_end_ns"]),
             ", ".join(f"{median(point['per_second']):,.0f} by {point['batch']}" for point in engine["offline"]),
             f"{median(engine['load_ns']) / 1e6:.0f}",
@@ -79,11 +88,13 @@ def benchmark(result: Mapping[str, Any]) -> str:
         )
     again = len(settings["order"]) - sum(len(engine["latency_ns"]) for engine in result["engines"])
     parts: list[Table | str] = [table]
+    scenario = settings.get("scenario")
     parts.append(
-        f"Latency of {'one image' if images == 1 else f'{images} images'}, compute alone, medians over fresh processes"
+        f"Latency of {_query(scenario, images)}, medians over fresh processes"
         f"{f' ({again} disturbed ones were measured again)' if again else ''}.\n"
         "copied: with the copies to and from the device. images/s: offline. MiB: beyond the empty process."
     )
+    parts += _served(result["engines"], scenario)
     floor = 100 * result["noise_floor"]
     parts.append(f"{result['baseline']} against itself: up to {floor:.1f} % apart (95 %); less than that is no difference")
     for ratio in result["ratios"]:
@@ -96,6 +107,86 @@ def benchmark(result: Mapping[str, Any]) -> str:
     parts.append(f"the run is {result['verdict']}")
     parts += [f"the baseline is {result['baseline_verdict']}"] * bool(result["baseline_verdict"])
     parts += [f"raw samples: {result['output']}"] * bool(result["output"])
+    return _render(parts)
+
+
+def _query(scenario: Mapping[str, Any] | None, images: int) -> str:
+    """What one query is, and from when to when it is timed."""
+    one = "one image" if images == 1 else f"{images} images"
+    if scenario is None:
+        return f"{one}, compute alone"
+    if scenario["instances"] > 1:
+        return f"{one} with {scenario['instances']} instances side by side, compute alone"
+    if scenario["name"] == "multi-stream":
+        return f"the slowest of {scenario['streams']} queries at once, {one} each, compute alone"
+    rate = "at the rate that was found" if scenario["rate"] is None else f"{scenario['rate']:g} a second"
+    return f"{one} from its arrival to its answer, arrivals at random, {rate}, {units.plural(scenario['streams'], 'session')}"
+
+
+def _served(engines: Iterable[Mapping[str, Any]], scenario: Mapping[str, Any] | None) -> Iterator[str]:
+    """What instances did together, and the rate that was found."""
+    for engine in engines if scenario is not None else ():
+        if engine["instances"]:
+            each = ", ".join(_milliseconds(one["median_ns"]) for one in engine["instances"])
+            rate = sum(one["per_second"] for one in engine["instances"])
+            yield f"{engine['label']}: {rate:,.0f} images/s together; median ms of each instance {each}"
+        if engine["rate_per_second"] is not None:
+            assert scenario is not None
+            low, high = engine["rate_interval"]
+            bound = _milliseconds(scenario["bound_ns"])
+            yield (
+                f"{engine['label']}: up to {engine['rate_per_second']:,.4g} queries a second (95 % {low:,.4g} to {high:,.4g}) "
+                f"with a p99 of at most {bound} ms"
+            )
+
+
+def _trtexec(result: Mapping[str, Any]) -> str:
+    """What trtexec wrote, in its figures and in ours."""
+    table = _table("", "", "runs", "queries", "median ms", "95 %", "p90 <=", "p99 <=", "with copies", "their p99", "queries/s")
+    for engine in result["engines"]:
+        bounds = engine["interval_ns"]
+        table.add_row(
+            engine["label"],
+            str(len(engine["latency_ns"])),
+            f"{sum(map(len, engine['latency_ns'])):,}",
+            _milliseconds(engine["median_ns"]),
+            "too few" if bounds is None else f"{_milliseconds(bounds[0])} to {_milliseconds(bounds[1])}",
+            *(_or_too_few(engine["percentiles_ns"][name]) for name in ("p90", "p99")),
+            _milliseconds(engine["copied_ns"]),
+            _milliseconds(engine["trtexec_percentiles_ns"]["p99"]),
+            f"{engine['per_second']:,.4g}",
+        )
+    parts: list[Table | str] = [table]
+    parts.append(
+        "median, p90 and p99: GPU compute time, percentiles as upper bounds (99 %). with copies, their p99: trtexec's latency"
+    )
+    parts.append("under what conditions trtexec ran is not in its files")
+    parts += [_gates(result["gates"])] * bool(result["gates"])
+    parts.append(f"the run is {result['verdict']}")
+    return _render(parts)
+
+
+def _or_too_few(bound: float | None) -> str:
+    return "too few" if bound is None else _milliseconds(bound)
+
+
+def _instructions(result: Mapping[str, Any]) -> str:
+    """What was counted, by what, and how far it may be believed."""
+    more = {row["label"]: row for row in result["compared"]}
+    table = _table("", "", "instructions of one query", "more", "than")
+    for engine in result["engines"]:
+        row = more.get(engine["label"])
+        compared = (f"{row['percent']:+.3f} %", row["baseline"]) if row else ("", "")
+        table.add_row(engine["label"], f"{engine['per_query']:,.0f}", *compared)
+    counter = result["counter"]
+    parts: list[Table | str] = [table]
+    parts.append(f"counted by {counter['tool']} on one thread, mean of {result['queries']} queries")
+    parts.append(f"CPU: {counter['cpu']}; {counter['tells']}")
+    parts.append("a count is no time: it knows no caches, no memory and no clock")
+    parts.append(f"processes of one engine are up to {100 * result['spread']:.4f} % apart; less than that is no difference")
+    parts += [f"warning: {warning}" for warning in result["warnings"]]
+    parts += [_gates(result["gates"])] * bool(result["gates"])
+    parts += [f"counts: {result['output']}"] * bool(result["output"])
     return _render(parts)
 
 
@@ -118,6 +209,28 @@ def parity(result: Mapping[str, Any]) -> str:
     )
 
 
+def compared(result: Mapping[str, Any]) -> str:
+    """The verdict on two runs, every engine in both, and what could not be compared."""
+    table = _table("", "engine", "latency B / A", "", "accuracy lost, points", "")
+    for engine in result["engines"]:
+        speed, decided = engine["latency"], engine["accuracy"]
+        table.add_row(
+            engine["label"],
+            "" if speed["ratio"] is None else f"{speed['ratio']:.3f} ({speed['interval'][0]:.3f} to {speed['interval'][1]:.3f})",
+            speed["told"],
+            ""
+            if decided["lost"] is None
+            else f"{decided['lost']:.2f} ({decided['interval'][0]:.2f} to {decided['interval'][1]:.2f})",
+            decided["told"],
+        )
+    parts: list[Table | str] = [f"B is {result['verdict']}", table]
+    for engine in result["engines"]:
+        parts += [f"{engine['label']}, {key}: {why}" for key in ("latency", "accuracy") for why in engine[key]["why"]]
+    parts += [f"changed: {change}" for change in result["changed"]]
+    parts.append(f"page: {result['output']}")
+    return _render(parts)
+
+
 def models(entries: Iterable[Entry]) -> str:
     """The catalogue."""
     table = _table("", "network", "from", "parameters", "GMACs", "input", "default weights")
@@ -128,8 +241,8 @@ def models(entries: Iterable[Entry]) -> str:
     return _render([table])
 
 
-def doctor(machine: Machine, reasons: Mapping[str, str]) -> str:
-    """The machine, its packages, and why a runtime does not load."""
+def doctor(machine: Machine, reasons: Mapping[str, str], given_up: Mapping[str, bool]) -> str:
+    """The machine, its packages, why a runtime does not load, and what processes that read files of others give up."""
     table = _table("this machine", "", "")
     table.add_row("CPU", f"{machine.cpu} ({machine.arch}), {machine.cores} cores to use")
     table.add_row("features", ", ".join(machine.features) or "none known")
@@ -138,6 +251,13 @@ def doctor(machine: Machine, reasons: Mapping[str, str]) -> str:
     )
     table.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB")
     table.add_row("GPU", machine.gpu or "none found (nvidia-smi)")
+    kept = [name for name, is_gone in given_up.items() if not is_gone]
+    allowed = (
+        f"may use {' and '.join(kept)}, which this kernel or container lets no process give up"
+        if kept
+        else "have no network and write nowhere"
+    )
+    table.add_row("readers of files", allowed)
     table.add_row("system", f"{machine.system}, Python {machine.python}")
     for name, version in machine.versions.items():
         table.add_row(name, version)
@@ -181,6 +301,10 @@ def _histogram(output: Mapping[str, Any]) -> str:
 
 
 def _decided(found: Mapping[str, Any]) -> Iterator[Table | str]:
+    if "parts" in found:
+        where = units.plural(found["images"], "input")
+        yield f"{units.decided_otherwise(found)} decided otherwise in {where} ({units.of_parts(found)})"
+        return
     top5 = "" if found["top5_agreement"] is None else f", the same first five {100 * found['top5_agreement']:.2f} %"
     yield f"the same class first: {100 * found['agreement']:.2f} % of {units.plural(found['images'], 'input')}{top5}"
     if found["accuracy"]:

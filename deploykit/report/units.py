@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import floor, isfinite, isinf, log10
+from typing import Any
 
 NOT_MEASURED = "not measured"
 
+_MEASURES = {
+    "mean_iou": "mean IoU",
+    "least_iou": "least IoU",
+    "score_difference": "largest difference of scores",
+    "mask_iou": "mean IoU of masks",
+    "keypoint_distance": "mean distance of keypoints as a share of the box",
+}
 _MINUS = "\N{MINUS SIGN}"  # a hyphen is shorter, and lines break after it
 _SPACE = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
 
@@ -120,3 +128,17 @@ def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]
 
 def _minus(text: str) -> str:
     return text.replace("-", _MINUS)
+
+
+def decided_otherwise(case: Mapping[str, Any]) -> str:
+    """`2 of 500 images`; of what is about parts of pictures, `2 of 10,240 pixels`."""
+    if "parts" in case:
+        return f"{case['disagreement_count']:,} of {case['parts']:,} {case['units']}"
+    return f"{case['disagreement_count']} of {case['images']} images"
+
+
+def of_parts(case: Mapping[str, Any]) -> str:
+    """What was measured beside the share of pixels or boxes that are decided alike."""
+    measures = case["measures"]
+    told = [f"{words} {measures[name]:.4g}" for name, words in _MEASURES.items() if measures.get(name) is not None]
+    return ", ".join([f"agreement {100 * case['agreement']:.3f} %", *told])

@@ -11,7 +11,7 @@ from typing import Any
 
 from deploykit import build, foreign, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Precision, artifact_of, read_artifact, write_manifest
-from deploykit.benchmark import benchmark
+from deploykit.benchmark import benchmark, cores_of_instances, trtexec
 from deploykit.benchmark.judge import (
     check_same_engine,
     check_same_machine,
@@ -24,7 +24,8 @@ from deploykit.benchmark.judge import (
     since,
 )
 from deploykit.benchmark.report import BenchmarkReport, Measured, about, images_per_query
-from deploykit.benchmark.statistics import Difference
+from deploykit.benchmark.scenarios import SINGLE_STREAM, Scenario
+from deploykit.benchmark.statistics import Difference, median_interval
 from deploykit.build import Engine
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, GateResult, Rule, Verdict, worst
@@ -46,34 +47,46 @@ def measure(
     baseline: Path | None = None,
     output: Path | None = None,
     size: int | None = None,
+    scenario: Scenario = SINGLE_STREAM,
+    times: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Benchmark the engines at `paths`, compare each with the first or with the file `baseline`, and judge `rules`.
 
     An ONNX file that is not ours is built for ONNX Runtime first, with inputs of `size` pixels where it leaves them open.
-    Writes the raw samples to `output`. Raises UsageError before anything is measured: for what is no engine, for engines that
-    cannot be compared, for rules that have nothing to be judged on, and for an `output` that cannot be written.
+    How queries come is the `scenario`. Writes raw samples to `output`, and those of a single engine as trtexec does to `times`.
+    Raises UsageError before anything is measured: for what is no engine, for engines that cannot be compared, for rules that have
+    nothing to be judged on, and for files that cannot be written.
     """
     with TemporaryDirectory(prefix="deploykit-") as scratch:
         engines = engines_at(paths, Path(scratch), size=size)
-        return _measured(engines, settings, rules, baseline, output, progress)
+        if times is not None and (len(engines) > 1 or scenario != SINGLE_STREAM):
+            why = "such a file holds the queries of one engine, one after the other"
+            raise UsageError("these times cannot be written as trtexec does", why=why)
+        _check_output(times, "--export-times")
+        return _measured(engines, settings, scenario, rules, baseline, (output, times), progress)
 
 
 def _measured(
     engines: Mapping[str, Artifact],
     settings: BenchmarkTable,
+    scenario: Scenario,
     rules: Sequence[Rule],
     baseline: Path | None,
-    output: Path | None,
+    files: tuple[Path | None, Path | None],
     progress: Progress,
 ) -> dict[str, Any]:
+    output, times = files
     earlier = None if baseline is None else load(baseline)
-    _check_comparable(engines, earlier, settings)
+    _check_comparable(engines, earlier, settings, scenario)
+    _check_scenario(scenario, engines, rules, earlier)
     _check_rules(rules, engines, earlier)
     _check_output(output)
-    report = benchmark(engines, **settings.measured(), progress=progress)
+    report = benchmark(engines, **settings.measured(), scenario=scenario, progress=progress)
     if output is not None:
         save(report, output)
+    if times is not None:
+        write_times(report, times)
     gates = [
         _judged(rule, report, earlier, label)
         for label in engines
@@ -150,14 +163,24 @@ def _artifacts_in(path: Path) -> list[Path]:
         raise UsageError(f"cannot read {printable(path)}", why=(error.strerror or str(error)).lower()) from error
 
 
-def _check_comparable(engines: Mapping[str, Artifact], earlier: BenchmarkReport | None, settings: BenchmarkTable) -> None:
+def write_times(report: BenchmarkReport, path: Path) -> None:
+    """Write the queries of a report's only engine as trtexec does, those of all its processes one after the other."""
+    ran = report.engines[0].processes
+    queries = ([ns for process in ran for ns in getattr(process, key)] for key in ("latency_ns", "end_to_end_ns", "feed_ns"))
+    trtexec.write(path, *queries)
+
+
+def _check_comparable(
+    engines: Mapping[str, Artifact], earlier: BenchmarkReport | None, settings: BenchmarkTable, scenario: Scenario
+) -> None:
     """Refuse to set the latency of one image beside that of a batch, and one machine's beside another's."""
     images = {label: images_per_query(engine) for label, engine in engines.items()}
     if earlier is not None:
         check_same_machine(earlier, Machine.probe())
         for label, engine in engines.items():
             check_same_engine(earlier, label, about(engine))
-        check_same_queries(earlier, settings.measured())
+        scenarios = {} if scenario == SINGLE_STREAM else {"scenario": to_json(scenario)}
+        check_same_queries(earlier, {**settings.measured(), **scenarios})
         images |= {f"{label} in the baseline": counterpart(earlier, label).images_per_query for label in engines}
     if len(set(images.values())) > 1:
         raise UsageError(
@@ -165,6 +188,24 @@ def _check_comparable(engines: Mapping[str, Artifact], earlier: BenchmarkReport 
             problems=[f"{label}: a query is {'one image' if size == 1 else f'{size} images'}" for label, size in images.items()],
             fix="build them with the same batch, or measure each on its own",
         )
+
+
+def _check_scenario(
+    scenario: Scenario, engines: Mapping[str, Artifact], rules: Sequence[Rule], earlier: BenchmarkReport | None
+) -> None:
+    """Refuse instances with more threads than cores, and rules on latencies that are those of the rate that was found."""
+    cores = len(cores_of_instances(scenario.instances)[0])
+    problems = [
+        f"{label}: it was built for {threads} threads, and an instance has {cores} of the cores"
+        for label, engine in engines.items()
+        if scenario.instances > 1 and (threads := runtimes.threads_of(engine)) is not None and threads > cores
+    ]
+    if problems:
+        fix = f"build with --threads {cores}, or run fewer instances"
+        raise UsageError(f"{scenario.instances} instances would take each other's cores", problems=problems, fix=fix)
+    if scenario.bound_ns is not None and (rules or earlier is not None):
+        why = "each engine is then measured at its own rate, and latencies at different rates do not compare"
+        raise UsageError("a searched rate has no gate and no baseline", why=why, fix="give one rate to all with --rate")
 
 
 def _check_rules(rules: Sequence[Rule], engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> None:
@@ -176,15 +217,16 @@ def _check_rules(rules: Sequence[Rule], engines: Mapping[str, Artifact], earlier
         )
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, option: str = "--output") -> None:
     if output is not None and (why := why_not_writable(output)):
-        raise UsageError(f"cannot write {printable(output)}", why=why, fix="choose another file with --output")
+        raise UsageError(f"cannot write {printable(output)}", why=why, fix=f"choose another file with {option}")
 
 
 def _told(report: BenchmarkReport, engines: Mapping[str, Artifact], earlier: BenchmarkReport | None) -> dict[str, Any]:
     """What was measured, with the ratios to the first engine or, where there is an earlier run, of each engine to itself."""
     if earlier is None:
-        others = [(label, report.baseline) for label in engines if label != report.baseline]
+        is_searched = bool(report.engines[0].rates_per_second)  # latencies at different rates do not compare
+        others = [(label, report.baseline) for label in engines if label != report.baseline and not is_searched]
         return {**facts(report, engines, others), "baseline_verdict": None}
     ratios = [
         ratio(f"{label} / its baseline", since(report, earlier, label), (*report.doubts, *earlier.doubts)) for label in engines
@@ -280,7 +322,17 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
         "peak_bytes": int(median(process.peak_bytes for process in ran)),
         "idle_bytes": int(median(process.idle_bytes for process in ran)),
         "bytes": engine.path.stat().st_size,
+        "instances": [{"median_ns": ns, "per_second": per_second} for ns, per_second in found.instances],
+        **_rate(report, found),
     }
+
+
+def _rate(report: BenchmarkReport, found: Measured) -> dict[str, Any]:
+    """The rate of arrivals that holds the bound of the p99, with its 95 % interval over processes, where one was searched."""
+    rates = found.rates_per_second
+    if not rates:
+        return {"rate_per_second": None, "rate_interval": None}
+    return {"rate_per_second": median(rates), "rate_interval": list(median_interval(rates, report.seed))}
 
 
 def _threads(engines: Mapping[str, Artifact]) -> int | None:

@@ -1,0 +1,253 @@
+"""Commands that make something: run, finetune and export."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit import recipe as recipes
+from deploykit.cli.ci import for_ci
+from deploykit.cli.options import (
+    argument_option,
+    arguments_of,
+    json_option,
+    output_option,
+    overrides_of,
+    progress_bars,
+    recipe_option,
+    set_option,
+    skip_option,
+)
+from deploykit.errors import CapabilityError, UsageError, printable
+from deploykit.gate import Rule
+from deploykit.recipe import Recipe
+
+_RUNS = Path("runs")
+_FASTEST = "fastest"
+_PARTS = ("train", "training", "val", "valid", "validation", "test")  # what people call the parts of a data set
+
+
+@click.command("run")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@output_option
+@set_option
+@skip_option
+@for_ci("run")
+def run_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], skip_bad_images: bool) -> Mapping[str, Any]:
+    """Do everything that a recipe says.
+
+    Fine-tune, export, quantize, build, parity, benchmark, report: a stage that is finished already is skipped. RECIPE is
+    a file, or the name of a recipe that comes with deploykit, such as lenet_digits.
+    """
+    settings = overrides_of(overrides)
+    recipe = recipes.shipped(str(recipe)) or recipe
+    if skip_bad_images:
+        settings["data.skip_bad_images"] = "true"
+    return _run(recipes.load(recipe, settings, overrides_base=Path.cwd()), output)
+
+
+@click.command("finetune")
+@click.argument("model")
+@click.option(
+    "--data",
+    "images",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Labelled images, one sub-folder a class; or train/ and val/ with such sub-folders.",
+)
+@recipe_option("--weights", "model.weights", metavar="default|none|FILE")
+@recipe_option("--mode", "finetune.mode")
+@recipe_option("--epochs", "finetune.epochs")
+@recipe_option("--batch", "finetune.batch")
+@recipe_option("--learning-rate", "finetune.learning_rate")
+@click.option("--augment", multiple=True, metavar="NAME", help="crop, flip, rotate, colour, trivial or rand; several add up.")
+@click.option("--cache-features", is_flag=True, help="Compute what a frozen backbone gives its head once, and train on that.")
+@output_option
+@set_option
+@skip_option
+@json_option
+def finetune_command(
+    model: str,
+    images: Path,
+    augment: tuple[str, ...],
+    cache_features: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    skip_bad_images: bool,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Train a network on your images.
+
+    MODEL is as in `deploykit export`. The checkpoint of the best epoch and a page with its curves are left in the output folder;
+    `deploykit run` with the recipe there goes on to export. A training that was interrupted goes on from its last epoch.
+    """
+    content: dict[str, Any] = {"name": f"{_run_name(model)}-finetune", "model": {"name": model}, "finetune": {}}
+    for key, value in values.items():
+        if value is not None:
+            table, _, name = key.partition("__")
+            content[table][name] = value
+    content["finetune"] |= {"augment": list(augment), "cache_features": cache_features}
+    parts = {"train": images / "train", "held_out": images / "val"}
+    are_two = all(part.is_dir() for part in parts.values())
+    if not are_two and (found := [name for name in _PARTS if (images / name).is_dir()]):
+        why = f"it holds {' and '.join(found)}, which are parts of a data set rather than classes"
+        raise UsageError(f"cannot tell the classes in {printable(images)}", why=why, fix="call the two parts train and val")
+    content["data"] = {key: str(part) for key, part in parts.items()} if are_two else {"train": str(images)}
+    content["data"]["skip_bad_images"] = skip_bad_images
+    here = Path.cwd()
+    recipe = recipes.parse(content, base=here, source="the command line", overrides=overrides_of(overrides), overrides_base=here)
+    from deploykit import pipeline
+    from deploykit.report import training
+
+    with progress_bars() as progress:
+        result = pipeline.train(recipe, output or _RUNS / recipe.name, progress=progress)
+    click.echo(json.dumps(result) if as_json else training.as_text(result), nl=as_json)
+    return int(result["exit_code"])
+
+
+@click.command("export")
+@click.argument("model")
+@click.option(
+    "--to",
+    "targets",
+    multiple=True,
+    required=True,
+    type=click.Choice(["onnx", "torchscript", "onnxruntime", "openvino", "tensorrt", _FASTEST]),
+    help="What to make; may be given several times. fastest: the engines of every CPU runtime here, and the best of them.",
+)
+@click.option("--fp32", is_flag=True, help="Keep everything in float32 (the default).")
+@click.option("--fp16", is_flag=True, help="Type the graph in float16; with --int8, what stays float.")
+@click.option("--int8", is_flag=True, help="Quantize to INT8 as well; needs --calibrate.")
+@recipe_option("--weights", "model.weights", metavar="default|none|FILE")
+@recipe_option("--weights-key", "model.weights_key", metavar="KEY")
+@click.option("--trust", is_flag=True, help="Take weights from a TorchScript file, which runs the program in it.")
+@argument_option
+@recipe_option("--classes", "model.classes")
+@recipe_option("--cpu", "quantize.cpu")
+@recipe_option("--calibrate", "data.calibrate", metavar="DIR")
+@recipe_option("--calibration-images", "data.calibration_images")
+@recipe_option("--validate", "data.validate", metavar="DIR")
+@click.option("--gate", type=click.FloatRange(0, 100), metavar="POINTS", help="Largest top-1 drop allowed; needs --validate.")
+@recipe_option("--batch", "export.batch", type=str, metavar="N|dynamic")
+@recipe_option("--size", "export.size")
+@recipe_option("--exporter", "export.exporter")
+@click.option("--cross-check", is_flag=True, help="Run both of torch's exporters on the same inputs, and keep what passes.")
+@click.option(
+    "--fuse-preprocess",
+    type=click.Choice(["nhwc", "nchw"], case_sensitive=False),
+    help="The file takes the camera's bytes, uint8 in this layout, and scales and normalises them itself, exactly.",
+)
+@recipe_option("--engine", "build.engine")
+@recipe_option("--threads", "build.threads")
+@recipe_option("--processes", "benchmark.processes")
+@output_option
+@set_option
+@skip_option
+@for_ci("run")
+def export_command(
+    model: str,
+    targets: tuple[str, ...],
+    fp32: bool,
+    fp16: bool,
+    int8: bool,
+    gate: float | None,
+    trust: bool,
+    words: tuple[str, ...],
+    cross_check: bool,
+    fuse_preprocess: str | None,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    skip_bad_images: bool,
+    **values: Any,
+) -> Mapping[str, Any]:
+    """Export, quantize, build, prove, measure.
+
+    MODEL is a network of torchvision or of ours (`deploykit models` lists them), timm:NAME, ensemble:NAME+NAME, FILE.py:factory
+    or module:factory. The equivalent recipe is written beside the result, so the command can be repeated and reviewed.
+    """
+    _refuse_meaningless(targets, fp32=fp32, fp16=fp16, int8=int8, cpu=values["quantize__cpu"])
+    content: dict[str, Any] = {"name": _run_name(model), "model": {"name": model, "trust": trust}}
+    for key, value in values.items():
+        if value is not None:
+            table, _, name = key.partition("__")
+            content.setdefault(table, {})[name] = int(value) if key == "export__batch" and value.isdecimal() else value
+    formats = ["onnx"] if set(targets) - {"torchscript"} else []
+    content.setdefault("export", {})["formats"] = formats + ["torchscript"] * ("torchscript" in targets)
+    if cross_check:
+        content["export"]["cross_check"] = True
+    if fuse_preprocess is not None:
+        content["export"]["input"] = f"uint8 {fuse_preprocess.upper()}"
+    runtimes = [name for name in dict.fromkeys(targets) if name in ("onnxruntime", "openvino", "tensorrt")]
+    if _FASTEST in targets:
+        runtimes = [*runtimes, *(name for name in _cpu_runtimes() if name not in runtimes)]
+        content["build"] = {**content.get("build", {}), "keep": "fastest"}
+    content.setdefault("build", {}).update({"runtimes": runtimes, "float_type": "fp16" if fp16 else "fp32"})
+    if int8:
+        content.setdefault("quantize", {})
+    if gate is not None:
+        content["gate"] = [str(Rule("drop", gate))]
+    if skip_bad_images:
+        content.setdefault("data", {})["skip_bad_images"] = True
+    here = Path.cwd()
+    settings = arguments_of(words) | overrides_of(overrides)
+    recipe = recipes.parse(content, base=here, source="the command line", overrides=settings, overrides_base=here)
+    return _run(recipe, output)
+
+
+def _run(recipe: Recipe, output: Path | None) -> Mapping[str, Any]:
+    from deploykit import pipeline
+
+    command = shlex.join(["deploykit", *(printable(word) for word in sys.argv[1:])])
+    with progress_bars() as progress:
+        return pipeline.run(recipe, output or _RUNS / recipe.name, command=command, progress=progress)
+
+
+def _cpu_runtimes() -> list[str]:
+    """The runtimes that build INT8 engines for a CPU and load here. Raises CapabilityError when none does."""
+    from deploykit import runtimes
+
+    known = [name for name, entry in runtimes.REGISTRY.items() if entry.on_cpu and entry.rules is not None]
+    why = {name: runtimes.why_not(name) for name in known}
+    if all(why.values()):
+        problems = [f"{name}: {reason}" for name, reason in why.items()]
+        raise CapabilityError("no CPU engine can be built here", problems=problems, fix="pip install 'deploykit[cpu]'")
+    return [name for name in known if not why[name]]
+
+
+def _refuse_meaningless(targets: tuple[str, ...], *, fp32: bool, fp16: bool, int8: bool, cpu: str | None) -> None:
+    """Combinations of a format and a precision that mean nothing, or that a runtime cannot do."""
+    problems = []
+    if fp32 and (fp16 or int8):
+        problems.append("--fp32 together with another precision: FP32 is made anyway, as what INT8 is compared with")
+    if int8 and "torchscript" in targets:
+        problems.append("--int8 --to torchscript: TorchScript holds no Q/DQ; INT8 lives in an ONNX graph")
+    if int8 and set(targets) <= {"onnx", "torchscript"}:
+        problems.append(
+            "--int8 --to onnx: Q/DQ follows a runtime's rules; use --to onnxruntime, openvino or tensorrt (--engine skip)"
+        )
+    if cpu is not None and not int8:
+        problems.append(f"--cpu {cpu} without --int8: a float graph is the same for every CPU")
+    if fp16 and "tensorrt" not in targets:
+        problems.append("--fp16: only TensorRT has float16 kernels here; ONNX Runtime on a CPU would cast every layer to float32")
+    elif fp16 and "onnxruntime" in targets:
+        problems.append("--fp16 --to onnxruntime: on a CPU it has no float16 kernels and would cast every layer to float32")
+    elif fp16 and "openvino" in targets:
+        problems.append("--fp16 --to openvino: its engines here compute in float32 whatever the graph holds")
+    if problems:
+        raise UsageError("that combination has no meaning", problems=problems)
+
+
+def _run_name(model: str) -> str:
+    """The name of a run: the network's with its scheme, or that of the user's file or module."""
+    scheme, _, rest = model.partition(":")
+    if rest and scheme in recipes.SCHEMES:
+        return printable(f"{scheme}-{rest}".replace("/", "-"))
+    return printable(Path(model.rpartition(":")[0] or model).name.removesuffix(".py")) or "export"
