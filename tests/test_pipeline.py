@@ -421,7 +421,10 @@ class TestInterruption:
         """A run that is fine-tuning for hours, in a process of its own."""
         words = ["run", tiny_recipe, "--set", "finetune.epochs=10000", "--output", tmp_path / "out"]
         command = [sys.executable, "-m", "deploykit", *words]
+        # A shell has programs in the background ignore SIGINT, and their children inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            signal.signal(signal.SIGINT, before)
             yield process
             process.kill()
 
