@@ -5,6 +5,7 @@ DeploykitError            exit 1   something failed; the message says what, why 
 |   |-- RecipeError       exit 2   all problems of one recipe, each with its table and key
 |   |-- ModelError        exit 2   unknown model, unusable factory or checkpoint
 |   `-- DataError         exit 2   images or labels that cannot be used
+|-- LineError             exit 1   the line to a device was cut, or nobody answers: asking again may help, and goes on
 |-- StageError            exit 1   a stage's own check failed: its result would have been wrong
 `-- CapabilityError       exit 4   this machine does not have what was required (a runtime, a GPU)
 
@@ -54,6 +55,10 @@ class ModelError(UsageError):
 
 class DataError(UsageError):
     """Images or labels that cannot be used."""
+
+
+class LineError(DeploykitError):
+    """The line to a device was cut, or nobody answers there; what had arrived is kept, and trying again goes on from it."""
 
 
 class StageError(DeploykitError):

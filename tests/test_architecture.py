@@ -17,7 +17,7 @@ import deploykit
 PACKAGE = Path(deploykit.__file__).parent
 FLOORS = (
     {"errors", "publish", "jsonable", "progress", "gate", "machine", "artifact", "recipe", "scenes", "intake", "telemetry"},
-    {"models", "data", "runtimes", "targets", "slots"},
+    {"models", "data", "runtimes", "targets", "slots", "remote"},
     {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign", "bundle", "infer"},
     {"report", "inspect", "viewing"},
     {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast"},
