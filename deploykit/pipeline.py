@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import artifact, benchmark, publish, runtimes, scenes, timing, workspace
+from deploykit import artifact, benchmark, publish, runtimes, scenes, targets, timing, workspace
 from deploykit.artifact import Artifact, Format, Precision
 from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport
@@ -34,6 +34,7 @@ from deploykit.recipe import QuantizeTable, Recipe
 from deploykit.report import html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
+from deploykit.targets import jetpack
 
 RESULT, REPORT, TRAINING = "result.json", "report.html", "training.html"
 _TOOLS = (
@@ -52,6 +53,7 @@ def run(
     Raises UsageError for input that cannot be used, CapabilityError when a required engine cannot be built here,
     StageError when a stage's own check fails. A gate that fails is a result: see its `exit_code`.
     """
+    _require_target(recipe)
     _require_engines(recipe)
     with publish.lock(out), workspace.claimed(out, recipe):
         work = Work(recipe, out, Sources(recipe, progress), progress, clock)
@@ -464,6 +466,18 @@ def _report_artifact(about: Artifact, stage: str, summary: str, folder: Path) ->
 
 def _keys(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:
     return [found.identity for found in (*exports, *(engine.built or engine.model for engine in engines))]
+
+
+def _require_target(recipe: Recipe) -> None:
+    """Say it before the work and not after: no engine of what is asked for will ever run on the board that it is meant for."""
+    if recipe.build.target is None:
+        return
+    board = targets.find(recipe.build.target)
+    if "tensorrt" in recipe.build.runtimes:
+        jetpack.require_builds(board)
+        if board.kind == "cpu":
+            fix = "--to onnxruntime or openvino"
+            raise CapabilityError(f"{board.title} runs no TensorRT", why="it has no GPU that is known here", fix=fix)
 
 
 def _require_engines(recipe: Recipe) -> None:

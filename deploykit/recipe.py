@@ -226,6 +226,10 @@ class BuildTable:
     keep: Literal["all", "fastest"] = setting(
         "fastest: of the engines that no gate fails, the one with the lowest latency is copied to the folder `fastest`", "all"
     )
+    target: str | None = setting(
+        "the board that it is meant for, a name of `deploykit targets` or a TOML file; one whose TensorRT is too old is refused",
+        None,
+    )
     engine: Literal["auto", "require", "skip"] = setting(
         "auto: build where this machine can, say so where not; require: else exit 4; skip: portable files only", "auto"
     )

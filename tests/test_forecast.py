@@ -16,13 +16,15 @@ import networks
 import numpy as np
 import onnx
 import pytest
+import timings
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from deploykit import artifact, bundle, forecast, targets
+from deploykit import artifact, build, bundle, forecast, targets
 from deploykit.artifact import Artifact
 from deploykit.cli import cli
 from deploykit.errors import ModelError, UsageError
+from deploykit.forecast import graphs, measured
 from deploykit.report import forecast as text
 from deploykit.targets import fit, latency, layers
 from deploykit.targets.fit import Row
@@ -333,8 +335,8 @@ class TestFitting:
             fit.fitted([], STORED.gpu_start)
 
     def test_a_few_measurements_of_a_device_correct_it_and_narrow_its_interval(self):
-        slow = STORED.gpu.scaled(1.5, 2.0, 1.2)
-        cases = [(simple(macs), batch) for macs in (10**7, 10**9) for batch in (1, 8)]
+        slow = STORED.gpu.scaled(launch=1.5, memory=1.2, **dict.fromkeys((*latency.PRECISIONS, "depthwise"), 2.0))
+        cases = [(replace(simple(macs), name=str(macs)), batch) for macs in (10**7, 10**9) for batch in (1, 8)]
         rows = [Row(one, ORIN, "int8", batch, latency.total_ns(one, ORIN, "int8", batch, slow)) for one, batch in cases]
 
         found = fit.calibrated(rows, STORED.gpu)
@@ -406,6 +408,61 @@ class TestWhatAModelIs:
             forecast.network_of(str(tmp_path / "bad.onnx"))
 
 
+class TestWhatABenchmarkKeeps:
+    """The device itself, the kernels and the times, so that predictions for it need neither its models nor torch."""
+
+    @pytest.fixture
+    def engines(self, portable, tmp_path):
+        """An engine in a run's folder, beside the graph that it was built from."""
+        model = artifact.make(tmp_path / "run/export-onnx", "key", lambda folder: _copied(portable("residual"), folder))
+        built = artifact.make(tmp_path / "run/build", "key", lambda folder: build.build(model, "onnxruntime", folder))
+        return {"a": built}
+
+    @pytest.fixture
+    def kept(self, engines, tmp_path):
+        """A file of a board that is twice as slow as predicted."""
+        file = measured.File(tmp_path / "mine.json", ORIN)
+        wanted = forecast.predict(graphs.of_engine(engines["a"]), ORIN)
+        file.keep(timings.report({"a": [round(2 * wanted.latency_ns)] * 5}), engines)
+        return file
+
+    def test_a_prediction_for_the_device_follows_it(self, kept, engines):
+        network = graphs.of_engine(engines["a"])
+        before, after = (forecast.predict(network, ORIN, measured=path) for path in (None, kept.path))
+
+        assert kept.count == 2  # one query alone, and one of a batch
+        assert after.calibrated
+        assert after.latency_ns > 1.5 * before.latency_ns
+
+    def test_the_file_says_what_the_device_is(self, kept):
+        assert forecast.target_of(None, measured=kept.path) == ORIN
+
+    def test_it_is_not_taken_for_another_device(self, kept):
+        with pytest.raises(UsageError, match="was measured on orin-nano-8gb, not on t4"):
+            measured.read(kept.path, targets.find("t4"))
+
+    def test_a_run_that_was_disturbed_is_not_fitted(self, engines, tmp_path):
+        with pytest.raises(UsageError, match="not valid"):
+            measured.File(tmp_path / "mine.json", ORIN).keep(timings.report({"a": [1000] * 5}, others_ns=10**9), engines)
+
+        assert not (tmp_path / "mine.json").exists()
+
+    def test_an_engine_without_its_graph_is_refused_before_anything_is_measured(self, engines, tmp_path):
+        shutil.rmtree(tmp_path / "run/export-onnx")
+
+        with pytest.raises(UsageError, match="is not beside it"):
+            measured.File(tmp_path / "mine.json", ORIN).check(engines)
+
+    @pytest.mark.parametrize("words", [("--scenario", "multi-stream"), ("--metric", "instructions"), ("--instances", "2")])
+    def test_it_goes_with_single_queries_alone(self, engines, tmp_path, words):
+        found = CliRunner().invoke(
+            cli, ["benchmark", str(engines["a"].folder), "--calibrate-predictor", str(tmp_path / "x.json"), *words]
+        )
+
+        assert isinstance(found.exception, UsageError)
+        assert "does not go together" in str(found.exception)
+
+
 class TestTheCommands:
     def run(self, *words: str) -> str:
         return str(CliRunner().invoke(cli, [*words], catch_exceptions=False, standalone_mode=False).output)
@@ -447,6 +504,8 @@ class TestTheCommands:
         [
             ("[", "not JSON"),
             ("[]", "not a list"),
+            ('{"measurements": []}', "does not say on what it was measured"),
+            ('[{"model": "x", "precision": "fp16", "latency_ms": 1, "kernels": [{"name": "a"}]}]', "cannot be used"),
             ('[{"model": 1}, {"model": "x", "precision": "int9"}]', "cannot be used"),
             ('[{"model": "resnet18", "precision": "fp16", "batch": 0, "latency_ms": 1}]', "batch is 0"),
             ('[{"model": "resnet18", "precision": "fp16", "latency_ms": -1}]', "latency_ms is -1"),
@@ -456,7 +515,7 @@ class TestTheCommands:
         (tmp_path / "mine.json").write_text(content)
 
         with pytest.raises(UsageError, match=told):
-            forecast.measurements(tmp_path / "mine.json", ORIN)
+            measured.read(tmp_path / "mine.json", ORIN)
 
     def test_plan_lists_first_what_fits(self, portable):
         words = ("plan", str(portable("residual").path), "--target", "orin-nano", "--budget", "1ms", "--json")

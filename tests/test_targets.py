@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from deploykit import targets
 from deploykit.cli import cli
@@ -210,6 +210,27 @@ class TestJetPack:
     @pytest.mark.parametrize("name", ["orin-nano", "agx-orin", "thor", "t4", "raspberry-pi-5"])
     def test_others_are_built_for(self, name):
         jetpack.require_builds(targets.find(name))
+
+
+class TestExportingForABoard:
+    def export(self, tmp_path: Path, board: str, *runtimes: str) -> Result:
+        words = [word for runtime in runtimes for word in ("--to", runtime)]
+        return CliRunner().invoke(cli, ["export", "lenet5", *words, "--target", board, "--output", str(tmp_path / "out")])
+
+    @pytest.mark.parametrize("board", ["jetson-nano", "jetson-tx2", "xavier-nx", "agx-xavier"])
+    def test_whose_tensorrt_is_too_old_is_a_missing_capability_and_makes_nothing(self, tmp_path, board):
+        found = self.export(tmp_path, board, "tensorrt")
+
+        assert isinstance(found.exception, CapabilityError)
+        assert found.exception.exit_code == 4
+        assert "predicted only" in str(found.exception)
+        assert not (tmp_path / "out").exists()
+
+    def test_that_has_no_gpu_is_one_too(self, tmp_path):
+        assert "runs no TensorRT" in str(self.export(tmp_path, "raspberry-pi-5", "tensorrt").exception)
+
+    def test_that_nobody_knows_is_the_users_mistake(self, tmp_path):
+        assert isinstance(self.export(tmp_path, "orin-pico", "onnx").exception, UsageError)
 
 
 class TestTheCommand:

@@ -12,7 +12,7 @@ import click
 from deploykit import recipe as recipes
 from deploykit.cli.ci import for_ci
 from deploykit.cli.options import argument_option, arguments_of, json_option, pairs, progress_bars, recipe_option
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, printable
 from deploykit.gate import Rule, parse_rule
 
 _OF_TWO_SIDES = {"model__weights": "--weights", "gates": "--gate", "layouts": "--layout", "words": "--arg"} | {
@@ -68,6 +68,12 @@ _OF_TWO_SIDES = {"model__weights": "--weights", "gates": "--gate", "layouts": "-
 @click.option(
     "--isa", metavar="CPU", help="Count instructions in qemu for this CPU (see parity --isa), not in callgrind for this one."
 )
+@click.option(
+    "--calibrate-predictor",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep what was measured of this device, for predict --measured FILE, which is then fitted to it.",
+)
 @click.option("--arm-root", type=click.Path(path_type=Path), metavar="DIR", help="As for parity --isa, for ARM CPUs.")
 @for_ci("benchmark")
 def benchmark_command(
@@ -88,6 +94,7 @@ def benchmark_command(
     instances: int,
     times: tuple[str, ...],
     export_times: Path | None,
+    calibrate_predictor: Path | None,
     **values: Any,
 ) -> Mapping[str, Any]:
     """Measure engines in fresh processes, and compare.
@@ -102,6 +109,8 @@ def benchmark_command(
     files = {"baseline": baseline, "output": output, "size": size}
     asked: dict[str, Any] = {"streams": streams, "rate": rate, "p99": p99, "instances": instances if instances > 1 else None}
     rest = {"metric": metric, "scenario": scenario, "isa": isa, "arm_root": arm_root, "export_times": export_times}
+    if calibrate_predictor is not None:
+        _refuse_beside_calibration({"times": times or None, "scenario": scenario, "metric": metric, "instances": instances})
     if times:
         _refuse_beside_times(engines, {**table, **files, **asked, **rest})
         return _of_times(times, _rules_of_time(gates, fail_on))
@@ -113,9 +122,8 @@ def benchmark_command(
         return _instructions(engines, fail_on, isa=isa, arm_root=arm_root, **files)
     if isa is not None or arm_root is not None:
         raise UsageError("--isa and --arm-root are about instructions", fix="add --metric instructions")
-    return _timed(
-        engines, _rules_of_time(gates, fail_on), table, scenario=_scenario(scenario, table, **asked), times=export_times, **files
-    )
+    files |= {"times": export_times, "scenario": _scenario(scenario, table, **asked)}
+    return _timed(engines, _rules_of_time(gates, fail_on), table, calibrate_predictor, **files)
 
 
 def _scenario(name: str, table: Mapping[str, Any], *, streams: Any, rate: Any, p99: Any, instances: int | None) -> Any:
@@ -173,12 +181,30 @@ def _refuse_beside_times(engines: tuple[Path, ...], words: Mapping[str, Any]) ->
         raise UsageError("--times and these do not go together", problems=problems)
 
 
-def _timed(engines: tuple[Path, ...], rules: list[Rule], table: Mapping[str, Any], **files: Any) -> Mapping[str, Any]:
+def _refuse_beside_calibration(words: Mapping[str, Any]) -> None:
+    """Raise UsageError for a measurement that says nothing of how long one query takes alone."""
+    usual = {"metric": "time", "scenario": "single-stream", "instances": 1}
+    problems = [f"--{name} {value}" for name, value in words.items() if value not in (None, usual.get(name))]
+    if problems:
+        why = "the predictor is fitted on single queries that are measured here"
+        raise UsageError("--calibrate-predictor does not go together with these", why=why, problems=problems)
+
+
+def _timed(
+    engines: tuple[Path, ...], rules: list[Rule], table: Mapping[str, Any], calibration: Path | None, **files: Any
+) -> Mapping[str, Any]:
     from deploykit import timing
 
     settings = recipes.benchmark_table(table, "the command line")
+    keeper = None
+    if calibration is not None:
+        from deploykit import forecast
+        from deploykit.forecast import measured
+
+        keeper = measured.File(calibration, forecast.target_of("local"))
     with progress_bars() as progress:
-        return timing.measure(engines, settings, rules, progress=progress, **files)
+        found = timing.measure(engines, settings, rules, keeper=keeper, progress=progress, **files)
+    return found if keeper is None else {**found, "calibration": {"file": printable(keeper.path), "measurements": keeper.count}}
 
 
 def _instructions(engines: tuple[Path, ...], fail_on: str | None, **words: Any) -> Mapping[str, Any]:

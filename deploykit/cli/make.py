@@ -146,6 +146,7 @@ def finetune_command(
     help="The file takes the camera's bytes, uint8 in this layout, and scales and normalises them itself, exactly.",
 )
 @recipe_option("--engine", "build.engine")
+@recipe_option("--target", "build.target", metavar="NAME|FILE")
 @recipe_option("--threads", "build.threads")
 @recipe_option("--processes", "benchmark.processes")
 @output_option

@@ -12,11 +12,20 @@ from deploykit.cli.options import json_option
 from deploykit.errors import UsageError, printable, translating_os_errors
 
 _target_option = click.option(
-    "--target", required=True, metavar="NAME|FILE", help="A board: deploykit targets lists them; or a TOML file."
+    "--target",
+    metavar="NAME|FILE",
+    help="A board: deploykit targets lists them; a TOML file; or local, this machine.  [default: what --measured is about]",
 )
 _mode_option = click.option("--power-mode", metavar="MODE", help="A power mode of the board, by name or number.")
 _size_option = click.option(
     "--size", type=click.IntRange(1, 8192), metavar="PIXELS", help="Height and width where the file leaves them open."
+)
+_measured_option = click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measurements on this very device: what deploykit benchmark --calibrate-predictor wrote, or JSON of "
+    '[{"model": "resnet18", "precision": "fp16", "batch": 1, "latency_ms": 2.5}].',
 )
 
 
@@ -27,9 +36,9 @@ _size_option = click.option(
 def targets_command(name: str, toml: bool, as_json: bool) -> None:
     """List the boards that are known, or all that is known of one.
 
-    NAME is a board, or a TOML file of yours, which is checked.
+    NAME is a board, local for this machine, or a TOML file of yours, which is checked.
     """
-    from deploykit import targets
+    from deploykit import forecast, targets
     from deploykit.jsonable import to_json
     from deploykit.report import forecast as text
 
@@ -39,7 +48,9 @@ def targets_command(name: str, toml: bool, as_json: bool) -> None:
         boards = [targets.find(each) for each in targets.names()]
         click.echo(json.dumps([to_json(board) for board in boards], indent=1) if as_json else text.targets(boards), nl=as_json)
         return
-    board = targets.find(name)
+    if toml and name == "local":
+        raise UsageError("this machine has no file", fix="deploykit targets x86-avx2 --toml is one to begin with")
+    board = forecast.target_of(name)
     if toml:
         click.echo(targets.source(name).read_text(), nl=False)
     else:
@@ -53,17 +64,12 @@ def targets_command(name: str, toml: bool, as_json: bool) -> None:
 @click.option("--precision", type=click.Choice(["int8", "fp16", "fp32"]), help="Otherwise INT8 for a graph with Q/DQ, else FP32.")
 @click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images in one query.")
 @_size_option
-@click.option(
-    "--measured",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help='Measurements on this very device: JSON of [{"model": "resnet18", "precision": "fp16", "batch": 1, "latency_ms": 2.5}].',
-)
+@_measured_option
 @click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the roofline.")
 @json_option
 def predict_command(
     model: str,
-    target: str,
+    target: str | None,
     power_mode: str | None,
     precision: str | None,
     batch: int,
@@ -81,7 +87,7 @@ def predict_command(
     from deploykit.jsonable import to_json
     from deploykit.report import forecast as text
 
-    board = forecast.target_of(target, power_mode)
+    board = forecast.target_of(target, power_mode, measured)
     found = forecast.predict(model, board, precision=precision, batch=batch, size=size, measured=measured)
     if picture is not None:
         with translating_os_errors("write", picture):
@@ -97,10 +103,18 @@ def predict_command(
 @_mode_option
 @click.option("--budget", required=True, metavar="TIME", help="Of one query, such as 5ms.")
 @_size_option
+@_measured_option
 @click.option("--no-relatives", is_flag=True, help="Only this network, not its smaller relatives.")
 @json_option
 def plan_command(
-    model: str, target: str, power_mode: str | None, budget: str, size: int | None, no_relatives: bool, as_json: bool
+    model: str,
+    target: str | None,
+    power_mode: str | None,
+    budget: str,
+    size: int | None,
+    measured: Path | None,
+    no_relatives: bool,
+    as_json: bool,
 ) -> None:
     """List what keeps a latency on a board: precisions, batches, smaller relatives of the network."""
     from deploykit import forecast
@@ -108,6 +122,7 @@ def plan_command(
     from deploykit.report import forecast as text
 
     budget_ns = forecast.budget_of(budget)
-    found = forecast.plan(model, forecast.target_of(target, power_mode), budget_ns, size=size, relatives=not no_relatives)
+    board = forecast.target_of(target, power_mode, measured)
+    found = forecast.plan(model, board, budget_ns, size=size, relatives=not no_relatives, measured=measured)
     facts = [to_json(replace(choice, prediction=replace(choice.prediction, layers=()))) for choice in found]
     click.echo(json.dumps(facts, indent=1) if as_json else text.choices(found, budget_ns), nl=as_json)

@@ -1,6 +1,6 @@
 """Constants from measurements: least squares in ln(latency), robust, with a prior that keeps what data do not tell.
 
-`fitted` fits all constants on many devices; `calibrated` three factors on a few measurements of one. The interval comes from
+`fitted` fits all constants on many devices; `calibrated` a few factors on a few measurements of one. The interval comes from
 residuals of measurements that the constants were not fitted on.
 """
 
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from deploykit.errors import UsageError
 from deploykit.targets import Target
-from deploykit.targets.latency import COVERAGE, Arithmetic, Constants, Kernels, arithmetics
+from deploykit.targets.latency import CALIBRATED, COVERAGE, Arithmetic, Constants, Kernels, arithmetics
 from deploykit.targets.layers import Network
 
 _STEPS = 40
 _SMALL_STEP = 1e-5
 _HUBER = 0.25  # residuals in ln(latency) beyond this pull linearly
 _PRIOR = 1.0  # standard deviation of ln(constant) around its start
-_CALIBRATION_PRIOR = 0.5
-_BETWEEN_NETWORKS = 0.2  # in ln(latency), what is left between networks of one device whose constants are known
+_CALIBRATION_PRIOR = 0.3  # of one part's factor around the device's own
+_BETWEEN_NETWORKS = 0.3  # in ln(latency), what is left between networks of one device whose constants are known
 _NOISE = 0.15  # of a measurement in ln(latency), beside which priors count
 _FRAMEWORK_US = (150.0, 400.0)  # where the search for what a framework's call adds begins: beside a server's CPU, a board's
 
@@ -86,25 +86,26 @@ def fitted(rows: Sequence[Row], start: Constants) -> tuple[Constants, tuple[floa
 
 
 def calibrated(rows: Sequence[Row], start: Constants) -> Constants:
-    """The constants of one device, from a few measurements on it: factors for floors, arithmetic and memory.
+    """The constants of one device, from a few measurements on it: one factor for all, and one for each part of CALIBRATED.
 
-    The prior keeps factors alike that the measurements do not tell apart. The interval narrows with the number of measurements
-    n, from that of `start` by 1 / sqrt(n), down to what networks differ by on one device, and not below what the measurements
-    themselves scatter by. Raises UsageError without measurements.
+    The prior lets the common factor go where it will and keeps the others near it, so that what measurements do not tell apart
+    stays together. The interval narrows with the number of networks n, from that of `start` by 1 / sqrt(n), down to what
+    networks differ by on one device, and not below what the measurements themselves scatter by. Raises UsageError without any.
     """
     data = Rows(rows)
 
     def constants(point: NDArray[np.float64]) -> Constants:
-        launch, compute, memory = map(float, np.exp(point))
-        return start.scaled(launch, compute, memory)
+        return start.scaled(**dict(zip(CALIBRATED, map(float, np.exp(point[0] + point[1:])), strict=True)))
 
     def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
         return data.log_predicted(constants(point)) - data.log_measured
 
-    first = np.zeros(3) - np.median(residuals(np.zeros(3)))  # most of what a device is off by concerns all three
-    point = _search(residuals, first, _CALIBRATION_PRIOR)
+    origin = np.zeros(1 + len(CALIBRATED))
+    prior = np.array([_PRIOR, *(_CALIBRATION_PRIOR for _ in CALIBRATED)])
+    point = _search(residuals, origin, prior)
     scatter = float(np.sqrt(np.mean(residuals(point) ** 2))) * 1.28  # a normal distribution's 80 %
-    between = max(_BETWEEN_NETWORKS, start.log_spread / len(rows) ** 0.5)
+    networks = len({row.network.name for row in rows})
+    between = max(_BETWEEN_NETWORKS, start.log_spread / networks**0.5)
     return replace(constants(point), log_spread=max(min(start.log_spread, between), scatter))
 
 
@@ -120,22 +121,22 @@ def spread(residuals: Sequence[float], groups: Sequence[Hashable]) -> float:
     raise UsageError("there are no residuals to take an interval from")
 
 
-def _search(residuals: Function, origin: NDArray[np.float64], prior: float) -> NDArray[np.float64]:
+def _search(residuals: Function, origin: NDArray[np.float64], prior: float | NDArray[np.float64]) -> NDArray[np.float64]:
     """Levenberg-Marquardt on Huber's loss by reweighting, with a normal prior around `origin`."""
     point, damping = origin.copy(), 1e-2
+    bend = np.broadcast_to((_NOISE / np.asarray(prior)) ** 2, origin.shape)
 
     def loss(at: NDArray[np.float64]) -> float:
         size = np.abs(residuals(at))
         huber = np.where(size < _HUBER, size**2, _HUBER * (2 * size - _HUBER))
-        return float(huber.sum() + ((_NOISE / prior * (at - origin)) ** 2).sum())
+        return float(huber.sum() + (bend * (at - origin) ** 2).sum())
 
     now = loss(point)
     for _ in range(_STEPS):
         here = residuals(point)
         slopes = np.stack([(residuals(point + step) - here) / _SMALL_STEP for step in _SMALL_STEP * np.eye(len(point))], axis=1)
         weights = np.minimum(1.0, _HUBER / np.maximum(np.abs(here), 1e-12))
-        bend = (_NOISE / prior) ** 2
-        curvature = slopes.T @ (weights[:, None] * slopes) + bend * np.eye(len(point))
+        curvature = slopes.T @ (weights[:, None] * slopes) + np.diag(bend)
         downhill = -(slopes.T @ (weights * here)) - bend * (point - origin)
         step = np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), downhill)
         trial = loss(point + step)

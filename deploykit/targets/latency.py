@@ -28,7 +28,7 @@ Arithmetic = Literal["int8", "fp16", "tf32", "fp32"]
 PRECISIONS: tuple[Arithmetic, ...] = ("int8", "fp16", "tf32", "fp32")
 WIDTHS = {"int8": 1, "fp16": 2, "tf32": 4, "fp32": 4}
 COVERAGE = 0.8  # of the intervals
-CALIBRATED = ("launch", "compute", "memory")  # what a few measurements of a device can tell
+CALIBRATED = ("launch", "memory", "depthwise", *PRECISIONS)  # what a few measurements of a device can tell
 
 _STORED = Path(__file__).with_name("constants.json")
 _TILE = 64
@@ -66,11 +66,11 @@ class Constants:
     sag: float
     log_spread: float
 
-    def scaled(self, launch: float, compute: float, memory: float) -> Constants:
-        """The constants of a device whose floors take `launch` times as long, and so on."""
-        efficiencies = {name: getattr(self, name) / compute for name in (*PRECISIONS, "depthwise")}
-        floors = {name: getattr(self, name) * launch for name in ("launch_us", "ramp_kilocycles")}
-        return replace(self, **efficiencies, **floors, memory=self.memory / memory)
+    def scaled(self, **times: float) -> Constants:
+        """The constants of a device where each part of CALIBRATED takes so many times as long; 1 for those left out."""
+        efficiencies = {name: getattr(self, name) / times.get(name, 1.0) for name in CALIBRATED[1:]}
+        floors = {name: getattr(self, name) * times.get("launch", 1.0) for name in ("launch_us", "ramp_kilocycles", "host_us")}
+        return replace(self, **efficiencies, **floors)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ _ROOT = Path("/")
 # gm20b: Nano, gp10b: TX2, gv11b: Xavier, ga10b: Orin, gpu: how L4T 36 and later name the node.
 _GPU_NODE = re.compile(r"ga10b|gv11b|gp10b|gm20b|gpu")
 _MODE = re.compile(r"<\s*POWER_MODEL\s+(?:ID=(\d{1,4})\s+NAME=(\S{1,64})|NAME=(\S{1,64})\s+ID=(\d{1,4}))\s*>")
+_STATUS = re.compile(r"\bpmode:(\d{1,4})\b")
 _RELEASE = re.compile(r"R(\d{1,3}) \(release\), REVISION: (\d{1,3}(?:\.\d{1,3}){0,2})")
 
 
@@ -78,6 +79,14 @@ def power_mode(answer: str) -> tuple[int | None, str | None]:
     name = re.search(r"NV Power Mode:\s*(\S{1,64})", answer)
     number = re.search(r"^\s*(\d{1,4})\s*$", answer, re.MULTILINE)
     return (int(number[1]) if number else None, name[1] if name else None)
+
+
+def current_mode(root: Path = _ROOT) -> tuple[int | None, str | None]:
+    """(number, name) of the power mode that nvpmodel set last, from its own files: asking the tool itself takes root."""
+    found = _STATUS.search(_text(root / "var/lib/nvpmodel/status"))
+    if found is None:
+        return None, None
+    return int(found[1]), power_modes(_text(root / "etc/nvpmodel.conf")).get(int(found[1]))
 
 
 def _gpu_node(root: Path) -> Path | None:

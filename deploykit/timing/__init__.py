@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 from deploykit import build, foreign, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Precision, artifact_of, read_artifact, write_manifest
@@ -39,6 +39,16 @@ _PERCENTILES = (90, 95, 99)
 _SAMPLES = 8
 
 
+class Keeper(Protocol):
+    """Somebody who keeps what was measured in a form of his own; both raise UsageError for what he cannot use."""
+
+    def check(self, engines: Mapping[str, Artifact]) -> None:
+        """Before anything is measured."""
+
+    def keep(self, report: BenchmarkReport, engines: Mapping[str, Artifact]) -> None:
+        """Everything that was measured, while the engines are still there."""
+
+
 def measure(
     paths: Sequence[Path],
     settings: BenchmarkTable,
@@ -49,12 +59,14 @@ def measure(
     size: int | None = None,
     scenario: Scenario = SINGLE_STREAM,
     times: Path | None = None,
+    keeper: Keeper | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Benchmark the engines at `paths`, compare each with the first or with the file `baseline`, and judge `rules`.
 
     An ONNX file that is not ours is built for ONNX Runtime first, with inputs of `size` pixels where it leaves them open.
-    How queries come is the `scenario`. Writes raw samples to `output`, and those of a single engine as trtexec does to `times`.
+    How queries come is the `scenario`. Writes raw samples to `output`, and those of a single engine as trtexec does to `times`;
+    `keeper` sees the engines before, and everything after, while they are still there.
     Raises UsageError before anything is measured: for what is no engine, for engines that cannot be compared, for rules that have
     nothing to be judged on, and for files that cannot be written.
     """
@@ -64,7 +76,9 @@ def measure(
             why = "such a file holds the queries of one engine, one after the other"
             raise UsageError("these times cannot be written as trtexec does", why=why)
         _check_output(times, "--export-times")
-        return _measured(engines, settings, scenario, rules, baseline, (output, times), progress)
+        if keeper is not None:
+            keeper.check(engines)
+        return _measured(engines, settings, scenario, rules, baseline, (output, times), keeper, progress)
 
 
 def _measured(
@@ -74,6 +88,7 @@ def _measured(
     rules: Sequence[Rule],
     baseline: Path | None,
     files: tuple[Path | None, Path | None],
+    keeper: Keeper | None,
     progress: Progress,
 ) -> dict[str, Any]:
     output, times = files
@@ -87,6 +102,8 @@ def _measured(
         save(report, output)
     if times is not None:
         write_times(report, times)
+    if keeper is not None:
+        keeper.keep(report, engines)
     gates = [
         _judged(rule, report, earlier, label)
         for label in engines
