@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -22,6 +23,7 @@ from deploykit.artifact import Artifact, Precision
 from deploykit.errors import DataError, StageError, UsageError
 from deploykit.quantize import half, observe, optimal, place
 from deploykit.quantize.histogram import SAMPLE
+from deploykit.quantize.insert import insert
 from deploykit.quantize.ranges import Range, affine_uint8, minmax, percentile, symmetric_int8
 from deploykit.recipe import QuantizeTable
 from deploykit.runtimes import onnxruntime
@@ -446,6 +448,57 @@ class TestOnnxRuntimesRules:
         first, second = values["body.shared/Conv/bias/scale"], values["body.shared/Conv_1/bias/scale"]
         assert first.shape == second.shape
         assert not np.array_equal(first, second)
+
+
+class TestGroupedConvolutions:
+    """ONNX Runtime's product of integers has 16 columns on x86, so narrow groups are written several in one."""
+
+    def written(self, source: Artifact, group_channels: int) -> ir.Model:
+        model = ir.load(source.path)
+        rules = replace(runtimes.rules("onnxruntime"), group_channels=group_channels)
+        decided = place.plan(model.graph, rules)
+        insert(model, decided, dict.fromkeys(decided.uses, Range(-1, 1)), rules)
+        return model
+
+    def groups(self, model: ir.Model) -> list[int]:
+        return [node.attributes.get_int("group", 1) or 1 for node in model.graph if node.op_type == "Conv"]
+
+    @pytest.mark.parametrize(
+        ("channels", "groups", "wide"),
+        [(16, 4, 1), (48, 6, 3), (440, 55, 11), (104, 13, 13), (64, 2, 2), (32, 32, 32)],
+        ids=["all in one", "two in one", "five in one", "no divisor is small enough", "wide already", "depthwise"],
+    )
+    def test_narrow_groups_are_several_in_one_and_answer_the_same_integers(self, tmp_path, channels, groups, wide):
+        weights = {
+            "w": networks.weights(channels, 3, 1, 1),
+            "grouped": networks.weights(channels, channels // groups, 3, 3),
+            "last": networks.weights(5, channels, 1, 1),
+        }
+        source = networks.by_hand(
+            tmp_path,
+            f"""[first] a = Conv(image, w)
+            [middle] b = Conv<group={groups}, pads=[1,1,1,1], strides=[2,1]>(a, grouped)
+            [last] c = Conv(b, last)
+            logits = GlobalAveragePool(c)""",
+            weights,
+        )
+
+        apart, merged = self.written(source, 1), self.written(source, 16)
+
+        assert self.groups(apart)[1] == groups
+        assert self.groups(merged)[1] == wide
+        sessions = [onnxruntime.reference(ir.to_proto(model).SerializeToString()) for model in (apart, merged)]
+        one, other = (runtimes.run(session, {"image": networks.images(2, 8)}) for session in sessions)
+        assert np.array_equal(one["logits"], other["logits"])
+        assert np.ptp(one["logits"]) > 0
+
+    def test_an_arm_cpu_and_other_runtimes_get_the_groups_as_they_are(self):
+        assert runtimes.rules("onnxruntime", arch="x86_64", features=["avx2"]).group_channels == 16
+        assert runtimes.rules("onnxruntime", "any").group_channels == 16
+        assert runtimes.rules("onnxruntime", "arm64").group_channels == 1
+        assert runtimes.rules("onnxruntime", arch="aarch64", features=["asimddp"]).group_channels == 1
+        assert runtimes.rules("onnxruntime", arch="aarch64", features=[]).group_channels == 1
+        assert {runtimes.rules(name).group_channels for name in ("openvino", "tensorrt")} == {1}
 
 
 class TestTensorRTsRules:

@@ -409,6 +409,8 @@ class TestTheFastestWayToQuantize:
             some = networks.images(4, seed=1)
             made = quantize.quantize(*lenet, table, "onnxruntime", out, images=lambda some=some: some, stopwatch=watch.stopwatch)
             told[wins] = made.facts["search"]["after_db"]
+            weighed = {found["name"]: found["sqnr_db"] for found in made.facts["candidates"]}
+            assert weighed[wins] == told[wins]
 
         assert told["int8"] < told["int8 where it is faster"] < told["float"]
         assert told["float"] > 100
@@ -425,6 +427,7 @@ class TestTheFastestWayToQuantize:
         facts = self.quantized(lenet, tmp_path, Watch(slow={"conv2": 3.0}).stopwatch)
 
         sizes = {found["name"]: found["bytes"] for found in facts["candidates"]}
+        assert {found["sqnr_db"] for found in facts["candidates"]} == {None}  # no images, so no noise was measured
         assert sizes["int8"] == (tmp_path / "model.onnx").stat().st_size
         assert sizes["int8"] < sizes["int8 where it is faster"] < sizes["float"]
 

@@ -102,11 +102,11 @@ def quantize(
         found = Search() if some is None else _searched(trials, some, judge, costs, progress)
         floats = too_sensitive(found.kept)
         candidates: list[Candidate] = []
+        sqnr_db = None if some is None else lambda floats: _case(calibrated, some, costs, floats).sqnr_db()
         if stopwatch is not None:
-            floats, candidates = trials.fastest(floats, costs, stopwatch)
-        if some is not None and len(floats) > len(found.kept):
-            shipped = replace(settings, float_layers=(*settings.float_layers, *floats))
-            found = replace(found, after_db=replace(_case(calibrated, some, costs), settings=shipped).sqnr_db())
+            floats, candidates = trials.fastest(floats, costs, stopwatch, sqnr_db)
+        if sqnr_db is not None and len(floats) > len(found.kept):
+            found = replace(found, after_db=sqnr_db(floats))
     made = calibrated.write(floats, folder)
     weighed = [to_json(candidate) for candidate in candidates]
     return replace(made, facts={**made.facts, "search": to_json(found), "candidates": weighed})
@@ -156,8 +156,9 @@ def _searched(
     return search_for_gate(case, found, passes, progress=progress)
 
 
-def _case(of: Calibrated, images: NDArray[np.float32], costs: Costs | None) -> Case:
-    return Case(float_graph(of.model), of.rules, of.ranges, of.settings, images, of.rounded, costs)
+def _case(of: Calibrated, images: NDArray[np.float32], costs: Costs | None, floats: Iterable[str] = ()) -> Case:
+    settings = replace(of.settings, float_layers=(*of.settings.float_layers, *floats))
+    return Case(float_graph(of.model), of.rules, of.ranges, settings, images, of.rounded, costs)
 
 
 def _range(seen: Histogram, settings: QuantizeTable, integers: ranges.Integers) -> Range:

@@ -104,6 +104,8 @@ def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_sca
     assert weight.name is not None
     bias_values = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
     integers, scale, _ = quantized_weights(node, rules, input_scale)
+    if rules.weights == "int8":
+        integers = _with_wider_groups(node, integers, rules.group_channels)
     node.replace_input_with(1, _weight_pair(graph, node, weight.name, integers, scale, rules))
     if bias is not None and bias_values is not None and rules.bias == "int32":
         node.replace_input_with(2, _bias_dequantized(graph, node, bias.name or "", bias_values, scale * np.float32(input_scale)))
@@ -129,6 +131,26 @@ def quantized_weights(
     largest = largest_integer(bits)
     integers = np.clip(np.rint(values / scale.reshape(shape)), -largest, largest).astype(np.int8)
     return integers, scale, shape
+
+
+def _with_wider_groups(node: ir.Node, integers: NDArray[np.int8], least: int) -> NDArray[np.int8]:
+    """The weights (O, C / groups, ...) of a grouped Conv with as many groups in one as it takes to have `least` output channels.
+
+    Sets the node's `group`. The zeros between groups add nothing, so every result is the same integer. Three times as many as
+    wanted, where the number of groups has no smaller divisor, is the most that was faster (docs/decisions.md). Depthwise
+    convolutions have kernels of their own and stay.
+    """
+    groups = node.attributes.get_int("group", 1) or 1
+    if groups == 1 or integers.shape[1] == 1:
+        return integers
+    outputs, inputs = len(integers) // groups, integers.shape[1]
+    at_once = next((n for n in range(1, groups + 1) if groups % n == 0 and least <= n * outputs <= 3 * least), 1)
+    wide = np.zeros((groups // at_once, at_once, outputs, at_once, inputs, *integers.shape[2:]), np.int8)
+    apart = integers.reshape(groups // at_once, at_once, outputs, inputs, *integers.shape[2:])
+    for index in range(at_once):
+        wide[:, index, :, index] = apart[:, index]
+    node.attributes["group"] = ir.AttrInt64("group", groups // at_once)
+    return wide.reshape(len(integers), at_once * inputs, *integers.shape[2:])
 
 
 def largest_weight(node: ir.Node, rules: QdqRules) -> int:

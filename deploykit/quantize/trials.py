@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -30,12 +30,14 @@ _WORTH_A_RACE = 0.97  # of the time with every layer in int8: a race of five pro
 @dataclass(frozen=True)
 class Candidate:
     """One way to quantize: how many layers run in int8, its bytes, its median latency in fresh processes (None: not measured,
-    since its kernels' times left no doubt), and whether it was chosen."""
+    since its kernels' times left no doubt), its SQNR in dB at the output on calibration images (None: random weights, whose
+    noise means nothing), and whether it was chosen."""
 
     name: str
     int8_layers: int
     bytes: int
     latency_ns: float | None
+    sqnr_db: float | None
     chosen: bool
 
 
@@ -106,7 +108,11 @@ class Trials:
         return Costs.of(stopwatch.profile(self.calibrated.model), stopwatch.profile(self.made({})))
 
     def fastest(
-        self, floats: Mapping[str, str], costs: Costs | None, stopwatch: Stopwatch
+        self,
+        floats: Mapping[str, str],
+        costs: Costs | None,
+        stopwatch: Stopwatch,
+        sqnr_db: Callable[[Mapping[str, str]], float] | None,
     ) -> tuple[dict[str, str], list[Candidate]]:
         """What stays in float for the fastest of: only `floats`, also what kernels predict to be slower in int8, everything.
 
@@ -122,6 +128,7 @@ class Trials:
                 len(cast(list[str], found.facts["int8_layers"])),
                 found.path.stat().st_size,
                 None if race is None else race.ns[name],
+                None if sqnr_db is None else sqnr_db(options[name]),
                 name == winner,
             )
             for name, found in graphs.items()

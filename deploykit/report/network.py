@@ -55,13 +55,14 @@ def layers(result: Result) -> Child:
 def _candidates(engine: Result) -> Markup:
     """What was weighed before an INT8 graph was chosen."""
     columns = [Column("Way to quantize"), Column("Layers in INT8", numeric=True), Column("Size", numeric=True)]
-    columns += [Column("Latency", numeric=True), Column("Decision")]
+    columns += [Column("Latency", numeric=True), Column("SQNR", numeric=True), Column("Decision")]
     rows = [
         (
             words_of(found.get("name"), "candidate"),
             units.count(found.get("int8_layers")),
             units.size(found.get("bytes")),
             units.duration(found.get("latency_ns")) if found.get("latency_ns") else "not raced: no doubt",
+            units.decibels(found["sqnr_db"]) if found.get("sqnr_db") is not None else "random weights",
             "chosen" if found.get("chosen") else "not chosen",
         )
         for found in engine["candidates"]
