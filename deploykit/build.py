@@ -8,9 +8,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from deploykit import runtimes
 from deploykit.artifact import SAMPLES, Artifact
+from deploykit.progress import Progress, silent
 from deploykit.runtimes import Realised
 
 
@@ -35,11 +37,17 @@ class Engine:
         return cls(runtime, model, built, "", runtimes.get(runtime).realised(built, model))
 
 
-def build(model: Artifact, runtime: str, folder: Path, *, threads: int = 0) -> Artifact:
+def build(model: Artifact, runtime: str, folder: Path, *, threads: int = 0, progress: Progress = silent) -> Artifact:
     """Build `model` for `runtime` into `folder`, its golden samples beside it; `threads` 0 means the cores this process may use.
+
+    `progress` is told of what takes minutes, as TensorRT does.
 
     Raises CapabilityError when this machine cannot build for that runtime, DeploykitError when the runtime refuses it.
     """
-    engine = runtimes.get(runtime).build(model, folder, threads=threads)
+    found = runtimes.get(runtime)
+    if runtimes.REGISTRY[runtime].tells_progress:
+        engine = cast(runtimes.TellingRuntime, found).build(model, folder, threads=threads, progress=progress)
+    else:
+        engine = found.build(model, folder, threads=threads)
     shutil.copyfile(model.folder / SAMPLES, folder / SAMPLES)
     return replace(engine, facts={**engine.facts, "model": model.facts.get("model")})

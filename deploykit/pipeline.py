@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,14 +25,16 @@ from deploykit.artifact import Artifact, Format, Precision
 from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport
 from deploykit.build import Engine, build
+from deploykit.bundle import DEVICE_HALF, device_half
+from deploykit.bundle.pack import pack
 from deploykit.data import Images, calibration_subset
-from deploykit.errors import CapabilityError, printable
+from deploykit.errors import CapabilityError, StageError, printable
 from deploykit.gate import Verdict
 from deploykit.jsonable import digest, to_json
 from deploykit.machine import Machine, installed_version
 from deploykit.progress import Progress, silent
 from deploykit.recipe import QuantizeTable, Recipe
-from deploykit.report import html
+from deploykit.report import device, html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
 from deploykit.targets import jetpack
@@ -66,6 +69,7 @@ def run(
         if portable is not None and recipe.quantize is not None:
             models += _quantize(work, portable)
         models = [_half(work, model) if recipe.build.float_type == "fp16" else model for model in models]
+        linted = _lint(recipe, models)
         engines = [engine for model in models for engine in _build(work, model)]
         compared = _verify(work, exports, engines)
         timed = _benchmark(work, engines)
@@ -75,8 +79,12 @@ def run(
         chosen = None if recipe.build.keep == "all" else _fastest(work, engines, timed, gates)
         found = result(work.made, work.stages, engines, compared, measured, gates, fastest=chosen, recipe=recipe, command=command)
         found["out"], found["report"] = printable(out), printable(out / REPORT)
+        found["device"] = left = device.left(recipe, engines, out, linted, exit_code=found["exit_code"])
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
         publish.write_file(out / REPORT, html.render(found).encode())
+        if left is not None and left["bundle"]:
+            pack(out, out / device.bundle_name(recipe), release=0)
+            publish.write_file(out / DEVICE_HALF, device_half.zipapp())
         return found
 
 
@@ -352,6 +360,30 @@ def _half(work: Work, model: Artifact) -> Artifact:
     )
 
 
+def _lint(recipe: Recipe, models: Sequence[Artifact]) -> dict[str, dict[str, int]]:
+    """By the name of each stage whose graph TensorRT gets: how often it breaks which of TensorRT's rules.
+
+    Raises StageError when TensorRT would refuse one of them, or compute something else: we wrote it.
+    """
+    if "tensorrt" not in recipe.build.runtimes:
+        return {}
+    from deploykit.quantize import lint
+
+    found: dict[str, dict[str, int]] = {}
+    for model in models:
+        if model.precision is Precision.INT8 and model.facts["rules"] != "tensorrt":
+            continue
+        findings = lint.lint(model.path, "tensorrt") if lint.has_rules_for(model.path, "tensorrt") else ()
+        if lint.is_fatal(findings):
+            raise StageError(
+                f"TensorRT would not take the graph {model.folder.name}",
+                problems=[f"{finding.node}: {finding.what} ({finding.rule})" for finding in findings],
+                fix=f"deploykit inspect {printable(model.path)} --rules tensorrt; please report it",
+            )
+        found[model.folder.name] = dict(Counter(finding.rule for finding in findings))
+    return found
+
+
 def _doubts(images: Images, recipe: Recipe) -> list[str]:
     """What the recipe asked of the calibration images and did not get; `quantize.calibrate` doubts the images themselves."""
     found = []
@@ -374,10 +406,12 @@ def _build_for(work: Work, model: Artifact, runtime: str) -> Engine:
     if why:
         work.stages.append(Stage(name, "not built", 0.0, "", why))
         return Engine(runtime, model, None, why, None)
+    asked = {"tensorrt": to_json(work.recipe.tensorrt)} if runtime == "tensorrt" else {}
+    wanted = replace(model, facts={**model.facts, **asked})
     built = work.stage(
         name,
-        lambda folder: build(model, runtime, folder, threads=settings.threads),
-        settings=[settings.threads, Machine.probe().identity],
+        lambda folder: build(wanted, runtime, folder, threads=settings.threads, progress=work.progress),
+        settings=[settings.threads, Machine.probe().identity, *asked.values()],
         parents=[model.identity],
         summary=lambda made: f"{made.path.stat().st_size / 1e6:.2f} MB",
     )
@@ -469,15 +503,21 @@ def _keys(exports: Sequence[Artifact], engines: Sequence[Engine]) -> list[str]:
 
 
 def _require_target(recipe: Recipe) -> None:
-    """Say it before the work and not after: no engine of what is asked for will ever run on the board that it is meant for."""
+    """Say it before the work and not on the device: the board that the engine is for cannot build or run it."""
     if recipe.build.target is None:
         return
     board = targets.find(recipe.build.target)
-    if "tensorrt" in recipe.build.runtimes:
-        jetpack.require_builds(board)
-        if board.kind == "cpu":
-            fix = "--to onnxruntime or openvino"
-            raise CapabilityError(f"{board.title} runs no TensorRT", why="it has no GPU that is known here", fix=fix)
+    if "tensorrt" not in recipe.build.runtimes:
+        return
+    problems = jetpack.refusals(
+        board,
+        int8=recipe.quantize is not None,
+        float_type=recipe.build.float_type,
+        dla_core=recipe.tensorrt.dla_core,
+        opset=recipe.export.opset,
+    )
+    if problems:
+        raise CapabilityError(f"{board.title} cannot run what the recipe asks for", problems=problems)
 
 
 def _require_engines(recipe: Recipe) -> None:

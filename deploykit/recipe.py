@@ -227,7 +227,7 @@ class BuildTable:
         "fastest: of the engines that no gate fails, the one with the lowest latency is copied to the folder `fastest`", "all"
     )
     target: str | None = setting(
-        "the board that it is meant for, a name of `deploykit targets` or a TOML file; one whose TensorRT is too old is refused",
+        "the board that it is meant for, by name (`deploykit targets`) or as a TOML file; what it cannot run is refused at once",
         None,
     )
     engine: Literal["auto", "require", "skip"] = setting(
@@ -237,6 +237,36 @@ class BuildTable:
         "what stays float in TensorRT's graphs: fp16 types them in half precision", "fp32"
     )
     threads: int = setting("threads of a CPU engine; 0 takes the cores this process may use", 0, low=0, high=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRtTable:
+    """How TensorRT's engines are built, here or on the device that gets the bundle; their precision is in the graph."""
+
+    batch: tuple[int, ...] = setting(
+        "smallest, best and largest batch of a graph with a dynamic one (the optimization profile), or one for all",
+        (1, 1, 32),
+        low=1,
+        high=65_536,
+    )
+    workspace_mib: int | None = setting(
+        "most scratch memory of a layer, in MiB; absent: a quarter of what is free", None, low=1, high=1 << 20
+    )
+    optimization_level: int = setting("0 builds fast, 5 tries the most tactics; 3 is TensorRT's own default", 3, low=0, high=5)
+    timing_cache: bool = setting("whether what was timed before is used, and kept for later builds", True)
+    dla_core: int | None = setting("run on this DLA core what can; absent: on the GPU", None, low=0, high=15)
+    gpu_fallback: bool = setting("with dla_core: what cannot run there runs on the GPU; else the build fails", True)
+    version_compatible: bool = setting(
+        "the engine runs on later TensorRT versions too; it then holds code for the CPU, so load only what you trust", False
+    )
+    hardware: Literal["this", "same compute capability", "ampere and newer"] = setting(
+        "on which other GPUs the engine runs, at some cost in speed; the second from TensorRT 10.9 on", "this"
+    )
+
+    @property
+    def profile(self) -> tuple[int, int, int]:
+        """Smallest, best and largest batch."""
+        return self.batch[0], self.batch[len(self.batch) // 2], self.batch[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +301,7 @@ class Recipe:
     export: ExportTable = field(default=ExportTable())
     quantize: QuantizeTable | None = field(default=None)
     build: BuildTable = field(default=BuildTable())
+    tensorrt: TensorRtTable = field(default=TensorRtTable())
     benchmark: BenchmarkTable = field(default=BenchmarkTable())
 
     @property
@@ -426,6 +457,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f'export.input = {recipe.export.input!r} with build.float_type = "fp16": scaling the bytes would be rounded to '
             "half precision, and it is to be exact; feed floats, or leave float_type at fp32"
         )
+    yield from _contradictions_of_tensorrt(recipe)
     if recipe.export.size == "dynamic" and "openvino" in recipe.build.runtimes:
         yield 'export.size = "dynamic" with build.runtimes "openvino": its engines are compiled for the sizes of one input'
     if recipe.export.cross_check and recipe.export.exporter != "auto":
@@ -450,6 +482,21 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         values = getattr(recipe.preprocess, key)
         if values is not None and channels is not None and len(values) != len(channels):
             yield f"preprocess.{key} has {len(values)} values for {len(channels)} channels ({channels})"
+
+
+def _contradictions_of_tensorrt(recipe: Recipe) -> Iterator[str]:
+    table, fixed = recipe.tensorrt, recipe.export.batch
+    if "tensorrt" not in recipe.build.runtimes:
+        changed = [item.name for item in fields(table) if getattr(table, item.name) != item.default]
+        for name in changed:
+            yield f'tensorrt.{name} means nothing without a TensorRT engine: add "tensorrt" to build.runtimes, or leave it out'
+        return
+    if len(table.batch) not in (1, 3) or list(table.batch) != sorted(table.batch):
+        yield f"tensorrt.batch = {list(table.batch)}: name smallest, best and largest batch in this order, or one size for all"
+    if table.dla_core is not None and fixed == "dynamic" and len(set(table.batch)) != 1:
+        yield f"tensorrt.dla_core with batches {list(table.batch)}: a DLA core runs one size; set export.batch to a number"
+    if table.dla_core is None and not table.gpu_fallback:
+        yield "tensorrt.gpu_fallback = false is about DLA: set dla_core, or leave it out"
 
 
 def _contradictions_of_time(recipe: Recipe, rule: Rule) -> Iterator[str]:

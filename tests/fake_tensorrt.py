@@ -60,6 +60,8 @@ class World:
     on_step: Callable[[int], None] = lambda step: None
     crash: BaseException | None = None
     flags: set[str] = field(default_factory=set)
+    parser_flags: set[str] = field(default_factory=set)
+    runs_on: int | None = None
     timed: int = 0
 
     @property
@@ -430,6 +432,7 @@ class _OnnxParser:
 
     def set_flag(self, flag: Any) -> None:
         self._flags.add(flag)
+        self._world.parser_flags.add(flag.name)  # type: ignore[attr-defined]
 
     def num_errors(self) -> int:
         return len(self._found)
@@ -470,6 +473,7 @@ class _Runtime:
     def deserialize_cuda_engine(self, plan: Any) -> Any:
         content = bytes(plan)
         world = self._world  # type: ignore[attr-defined]
+        world.runs_on = self._values.get("DLA_core")  # type: ignore[attr-defined]
         start = len(_MAGIC) + 32
         if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
             return self._refuse("Serialization assertion plan->header.magicTag == rt::kPLAN_MAGIC_TAG failed.")

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from deploykit import artifact, data, pipeline, publish
+from deploykit import artifact, bundle, data, pipeline, publish
 from deploykit import recipe as recipes
 from deploykit.errors import UsageError
 from deploykit.recipe import QuantizeTable, Recipe
@@ -291,7 +291,7 @@ class TestExport:
     def test_without_tensorrt_the_portable_half_is_made_and_the_result_says_why_there_is_no_engine(
         self, network, photos, tmp_path, deploykit
     ):
-        words = ["--to", "tensorrt", "--int8", "--calibrate", photos, "--output", tmp_path / "out"]
+        words = ["--to", "tensorrt", "--int8", "--calibrate", photos, "--target", "orin-nano", "--output", tmp_path / "out"]
 
         outcome = deploykit("export", network, *words)
 
@@ -300,6 +300,14 @@ class TestExport:
         assert (tmp_path / "out" / "quantize-tensorrt" / "model.onnx").is_file()
         assert [engine["built"] for engine in result["engines"]] == [False, False]
         assert "trtexec --onnx=quantize-tensorrt/model.onnx --stronglyTyped" in " ".join(outcome.out.split())
+        assert "whether TensorRT takes the graph" in result["device"]["text"]
+        assert "needs JetPack 6.1 (TensorRT 10.3.0, Python 3.10) or JetPack 7.2" in result["device"]["text"]
+        assert set(result["device"]["lint"]) == {"export-onnx", "quantize-tensorrt"}
+        packed = bundle.check(Path(result["device"]["bundle"]))
+        assert packed.is_whole
+        assert list(packed.manifest.models) == ["tensorrt-int8"]
+        assert (tmp_path / "out" / "device.pyz").read_bytes()[:2] == b"#!"
+        assert [line.split()[2] for line in result["device"]["commands"][1:]] == ["install", "build", "parity", "activate"]
         assert all(engine["why"] in " ".join(outcome.out.split()) for engine in result["engines"])
 
     def test_int8_and_fp16_together_type_the_rest_of_the_graph_in_half_precision(self, network, photos, tmp_path, deploykit):
@@ -312,6 +320,15 @@ class TestExport:
         types = {tensor.data_type for tensor in graph.initializer}
         assert onnx.TensorProto.FLOAT16 in types
         assert "QuantizeLinear" in {node.op_type for node in graph.node}
+
+    def test_a_board_that_cannot_run_it_is_refused_before_any_work(self, network, photos, tmp_path, deploykit):
+        words = ["--to", "tensorrt", "--int8", "--calibrate", photos, "--target", "xavier-nx", "--output", tmp_path / "out"]
+
+        outcome = deploykit("export", network, *words)
+
+        assert outcome.code == 4
+        assert "has TensorRT 8.5.2" in outcome.err
+        assert not (tmp_path / "out").exists()
 
     def test_a_required_engine_that_cannot_be_built_here_ends_with_4_before_any_work(self, network, photos, tmp_path, deploykit):
         words = ["--to", "tensorrt", "--int8", "--calibrate", photos, "--engine", "require", "--output", tmp_path / "out"]

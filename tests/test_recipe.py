@@ -80,6 +80,10 @@ def given(dotted: str, value: Any) -> dict[str, Any]:
     (content.setdefault(table, {}) if table else content)[key] = value
     if dotted == "quantize.percentile":
         content["quantize"]["method"] = "percentile"
+    if table == "tensorrt":
+        content["build"] = {"runtimes": ["tensorrt"]}
+    if dotted == "tensorrt.dla_core":
+        content["export"] = {"batch": 1}
     if dotted == "finetune.views":
         content["finetune"] |= {"mode": "head", "cache_features": True}
     if dotted == "finetune.head_epochs":
@@ -105,6 +109,7 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     for key in ("exporter", "cross_check", "size", "input"):
         content.get("export", {}).pop(key, None)
     content.get("data", {}).pop("held_out", None)
+    content.pop("tensorrt", None)
     content["name"] = content["name"].replace("/", "-").replace(".", "-")
     if content.get("quantize", {}).get("percentile") is not None:
         content["quantize"]["method"] = "percentile"
@@ -429,6 +434,23 @@ class TestContradictions:
             (
                 {"quantize": {"cpu": "any"}, "data": {"name": "digits"}, "build": {"runtimes": ["tensorrt"]}},
                 "quantize.cpu = 'any' means nothing for TensorRT, which runs on a GPU: leave it out",
+            ),
+            (
+                {"tensorrt": {"optimization_level": 5}},
+                'tensorrt.optimization_level means nothing without a TensorRT engine: add "tensorrt" to build.runtimes, '
+                "or leave it out",
+            ),
+            (
+                {"tensorrt": {"batch": [4, 1, 8]}, "build": {"runtimes": ["tensorrt"]}},
+                "tensorrt.batch = [4, 1, 8]: name smallest, best and largest batch in this order, or one size for all",
+            ),
+            (
+                {"tensorrt": {"dla_core": 0}, "build": {"runtimes": ["tensorrt"]}},
+                "tensorrt.dla_core with batches [1, 1, 32]: a DLA core runs one size; set export.batch to a number",
+            ),
+            (
+                {"tensorrt": {"gpu_fallback": False}, "build": {"runtimes": ["tensorrt"]}},
+                "tensorrt.gpu_fallback = false is about DLA: set dla_core, or leave it out",
             ),
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -210,6 +211,63 @@ class TestJetPack:
     @pytest.mark.parametrize("name", ["orin-nano", "agx-orin", "thor", "t4", "raspberry-pi-5"])
     def test_others_are_built_for(self, name):
         jetpack.require_builds(targets.find(name))
+
+    @pytest.mark.parametrize(
+        ("tensorrt", "opset", "dla"),
+        [
+            ("8.6.2", 17, "fp16 and int8"),
+            ("10.3.0", 20, "fp16"),
+            ("10.16", 24, "none"),
+            ("11.4.0", 24, "none"),
+            ("11.4.1", 24, "fp16 and int8"),
+        ],
+    )
+    def test_what_a_tensorrt_does_with_our_graphs_is_known(self, tensorrt, opset, dla):
+        found = jetpack.abilities(tensorrt)
+
+        assert (found.opset, found.dla) == (opset, dla)
+        assert found.strongly_typed == (not tensorrt.startswith("8"))
+
+    def test_of_its_releases_those_build_whose_tensorrt_takes_precision_from_the_graph(self):
+        assert [release.jetpack for release in jetpack.building(targets.find("orin-nano"))] == ["6.1", "7.2"]
+
+
+class TestRefusals:
+    """What a laptop says before it exports for a board that could not build the engine."""
+
+    @staticmethod
+    def told(name: str, **asked: Any) -> list[str]:
+        return jetpack.refusals(
+            targets.find(name), **({"int8": True, "float_type": "fp16", "dla_core": None, "opset": 19} | asked)
+        )
+
+    @pytest.mark.parametrize("name", ["orin-nano", "agx-orin", "thor", "t4", "h200"])
+    def test_there_are_none_for_int8_where_there_are_kernels(self, name):
+        assert self.told(name) == []
+
+    def test_a_board_without_a_gpu_runs_no_tensorrt(self):
+        (found,) = self.told("raspberry-pi-5")
+
+        assert "runs no TensorRT" in found
+
+    def test_the_oldest_release_that_builds_has_to_read_the_opset(self):
+        assert self.told("orin-nano", opset=20) == []
+        assert self.told("orin-nano", opset=21) == ["TensorRT 10.3.0 of JetPack 6.1 reads opset 20 at most, not 21"]
+
+    def test_bfloat16_came_with_ampere(self):
+        assert self.told("orin-nano", int8=False, float_type="bf16") == []
+        assert self.told("t4", float_type="bf16") == ["NVIDIA T4 has no bfloat16: that came with compute capability 8.0"]
+
+    def test_a_dla_core_is_counted_on_the_board(self):
+        assert "it has none; Xavier, Orin NX and AGX Orin have" in self.told("orin-nano", dla_core=0)[0]
+        assert self.told("agx-orin", dla_core=2) == ["NVIDIA Jetson AGX Orin 64GB has no DLA core 2: it has 2, counted from 0"]
+
+    def test_q_dq_does_not_run_on_a_dla_core_of_jetpack_6_and_fp16_does(self):
+        assert self.told("agx-orin", dla_core=1, int8=False) == []
+        assert self.told("agx-orin", dla_core=1) == [
+            "TensorRT 10.3.0 of JetPack 6.1 does not take Q/DQ on a DLA core: FP16 alone runs there"
+        ]
+        assert "a DLA core computes in FP16 or INT8" in self.told("agx-orin", dla_core=1, int8=False, float_type="fp32")[0]
 
 
 class TestExportingForABoard:

@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import networks
@@ -26,9 +26,10 @@ from fake_cuda import ILLEGAL_ADDRESS, INVALID_VALUE, OUT_OF_MEMORY, FakeCuda, F
 from fake_tensorrt import World, installed
 from trt_bindings import VERSIONS
 
-from deploykit import artifact, build, runtimes
+from deploykit import artifact, build, recipe, runtimes
 from deploykit.artifact import Artifact, Format, Precision, Preprocess, Samples, TensorSpec
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
+from deploykit.jsonable import to_json
 from deploykit.runtimes import cudart, onnxruntime, run
 
 TINY = """
@@ -231,6 +232,49 @@ class TestBuilding:
             runtime.build(tiny, tmp_path / "engine", threads=1, progress=progress)
         assert world.crash is None
 
+    def test_the_recipe_of_the_graph_says_how_it_is_built(self, gpu, tiny, tmp_path):
+        runtime, world = gpu("10.9.0.34", dla_cores=2)
+        asked = {
+            "batch": [4],
+            "workspace_mib": 7,
+            "optimization_level": 1,
+            "timing_cache": False,
+            "dla_core": 1,
+            "gpu_fallback": True,
+            "version_compatible": True,
+            "hardware": "same compute capability",
+        }
+
+        engine = runtime.build(replace(tiny, facts={"tensorrt": asked}), networks.made(tmp_path / "engine"), threads=0)
+
+        assert engine.settings["batch"] == [4, 4, 4]
+        assert engine.settings["workspace_bytes"] == 7 << 20
+        assert engine.settings["optimization_level"] == 1
+        assert "timing_cache" not in engine.facts
+        assert {flag.name for flag in world.flags} == {"GPU_FALLBACK", "VERSION_COMPATIBLE"}
+
+    def test_what_the_recipe_may_say_is_what_the_options_are_with_the_same_defaults(self, gpu):
+        runtime, _ = gpu()
+        declared = {item.name: getattr(recipe.TensorRtTable(), item.name) for item in fields(recipe.TensorRtTable)}
+        model = SimpleNamespace(facts={"tensorrt": to_json(recipe.TensorRtTable())}, folder=Path("bundle"))
+
+        found = runtime.Options.of(model)
+
+        assert replace(found, timing_cache=None) == runtime.Options()
+        assert found == runtime.Options.of(SimpleNamespace(facts={}, folder=Path("bundle")))
+        renamed = {"workspace_bytes" if name == "workspace_mib" else name for name in declared}
+        assert renamed == {item.name for item in fields(runtime.Options)}
+
+    @pytest.mark.parametrize(
+        "asked",
+        [{"batch": [1, 2]}, {"batch": "all"}, {"dla_core": "0"}, {"workspace_mib": True}, {"hardware": "any"}, ["batch"], 7],
+    )
+    def test_a_strangers_manifest_that_says_something_else_is_refused(self, gpu, asked):
+        runtime, _ = gpu()
+
+        with pytest.raises(UsageError, match="has no options for TensorRT that can be used"):
+            runtime.Options.of(SimpleNamespace(facts={"tensorrt": asked}, folder=Path("bundle")))
+
 
 class TestTimingCache:
     @pytest.fixture
@@ -315,6 +359,24 @@ class TestDla:
 
         found = {"core": 1, "source": "build log", "dla": ["Conv: conv"], "gpu": ["Relu: relu"]}
         assert engine.facts["dla"] == found
+
+    def test_the_engine_runs_on_the_core_that_it_was_built_for(self, gpu, tiny, tmp_path):
+        runtime, world = gpu(dla_cores=2)
+        engine = engine_of(runtime, tiny, tmp_path / "engine", dla_core=1, batch=(1, 1, 1))
+        assert world.runs_on == 1
+        world.runs_on = None
+
+        runtime.load(engine).close()
+
+        assert world.runs_on == 1
+
+    @pytest.mark.parametrize(("version", "adjusted"), [("10.3.0", False), ("11.4.0.106", True)])
+    def test_the_parser_adjusts_shapes_for_it_where_that_can_be_asked_for(self, gpu, tiny, tmp_path, version, adjusted):
+        runtime, world = gpu(version, dla_cores=1)
+
+        engine_of(runtime, tiny, tmp_path / "engine", dla_core=0, batch=(1, 1, 1))
+
+        assert ("ADJUST_FOR_DLA" in world.parser_flags) == adjusted
 
     def test_without_fall_back_a_layer_that_it_cannot_run_fails_the_build(self, gpu, tiny, tmp_path):
         runtime, _ = gpu(dla_cores=1)

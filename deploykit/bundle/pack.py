@@ -55,6 +55,7 @@ _FACTS = (
     "task",
     "heads",
     "scene",
+    "tensorrt",
 )
 _TOOLS = ("deploykit", "numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino")
 
@@ -147,6 +148,8 @@ def _portable(run: Path, recipe: Mapping[str, Any], tree: Path) -> list[str]:
     models = {}
     for runtime in recipe["build"]["runtimes"]:
         model = _model_for(run, runtime, recipe)
+        if runtime == "tensorrt":  # how its engine is to be built on the device
+            model = replace(model, facts={**model.facts, "tensorrt": recipe["tensorrt"]})
         models[f"{runtime}-{model.precision.value}"] = model
     if not models:
         raise UsageError(f"{printable(run)} has no graph to deploy", fix="name a runtime in build.runtimes (--to onnxruntime)")

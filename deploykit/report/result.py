@@ -13,7 +13,7 @@ from deploykit.gate import EXIT_CODES, Verdict, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.recipe import Recipe, dump
-from deploykit.report import units
+from deploykit.report import device, units
 
 SCHEMA = 1
 
@@ -71,7 +71,7 @@ def result(
         "finetune": _finetune(made["finetune"]) if "finetune" in made else None,
         "exports": [_export(found) for found in (*exports, *portable)],
         "calibration": _calibration(recipe, made["calibrate"]) if "calibrate" in made else None,
-        "engines": [_engine(engine) for engine in engines],
+        "engines": [_engine(engine, recipe) for engine in engines],
         "parity": compared["parity"],
         "evaluated_on": compared["evaluated_on"],
         "gates": list(gates),
@@ -120,22 +120,6 @@ def _kept(fastest: Mapping[str, Any] | None, measured: Mapping[str, Any] | None)
     return [f"fastest: {fastest['label']}, {fastest['latency_ns'] / 1e6:.3g} ms{': ' * bool(times)}{', '.join(times)}{doubt}"]
 
 
-def _on_the_device(engine: Engine) -> str:
-    """The command that builds the engine where it will run; precision is in the graph, so there is no flag for it."""
-    made = engine.model
-    shape = made.inputs[0].shape
-    words = [
-        "trtexec",
-        f"--onnx={made.folder.name}/{made.path.name}",
-        "--stronglyTyped",
-        f"--saveEngine={engine.label.replace(' ', '-')}.plan",
-    ]
-    if isinstance(shape[0], str):
-        for option, batch in (("minShapes", 1), ("optShapes", 1), ("maxShapes", 8)):
-            words.append(f"--{option}={made.inputs[0].name}:{'x'.join(map(str, (batch, *shape[1:])))}")
-    return " ".join(words)
-
-
 def _export(found: Artifact) -> dict[str, Any]:
     return {
         "format": found.format.value,
@@ -148,7 +132,7 @@ def _export(found: Artifact) -> dict[str, Any]:
     }
 
 
-def _engine(engine: Engine) -> dict[str, Any]:
+def _engine(engine: Engine, recipe: Recipe) -> dict[str, Any]:
     made = engine.built or engine.model
     realised = None
     if engine.realised is not None:
@@ -161,7 +145,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
         "precision": engine.model.precision.value,
         "built": engine.built is not None,
         "why": engine.why,
-        "next": _on_the_device(engine) if engine.built is None and engine.runtime == "tensorrt" else None,
+        "next": device.trtexec(engine, recipe) if engine.built is None and engine.runtime == "tensorrt" else None,
         "path": f"{made.folder.name}/{made.path.name}",
         "bytes": made.path.stat().st_size,
         "realised": realised,

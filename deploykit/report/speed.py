@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, isfinite
 from statistics import median
 
@@ -225,7 +225,11 @@ def _not_built(result: Result) -> Child:
             name = words_of(engine.get("label"), "engine")
             found.append(absent(f"{name} was not timed", words_of(engine.get("why"), "it was not built")))
             if engine.get("next"):
-                found.append(element("p", "On the device, in the folder of this run: ", element("code", engine["next"])))
+                found.append(element("p", "By TensorRT's own tool, on the device: ", element("code", engine["next"])))
+    left = result.get("device")
+    if isinstance(left, Mapping):
+        found.append(element("p", "Left to the device: ", str(left.get("text", ""))))
+        found += [element("p", element("code", str(command))) for command in left.get("commands") or ()]
     return found
 
 

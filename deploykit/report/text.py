@@ -44,7 +44,9 @@ def run(result: Mapping[str, Any]) -> str:
     for engine in result["engines"]:
         if not engine["built"]:
             parts.append(f"no {engine['label']} engine was built: {engine['why']}")
-            parts += [f"  on the device, from {result['out']}: {engine['next']}"] * bool(engine["next"])
+            parts += [f"  by TensorRT's own tool, in {result['out']}: {engine['next']}"] * bool(engine["next"])
+    if result.get("device"):
+        parts += _device(result["device"])
     if model["random"]:
         parts.append("RANDOM WEIGHTS: latency is meaningful, decisions are not, and there is no decision gate")
     parts += [_gates(result["gates"])] * bool(result["gates"])
@@ -62,6 +64,24 @@ def run(result: Mapping[str, Any]) -> str:
         parts += [f"{export['format']}: {result['out']}/{export['path']}" for export in result["exports"]]
     parts.append(f"report: {result['report']}")
     return _render(parts)
+
+
+def _device(left: Mapping[str, Any]) -> list[str]:
+    """What is left to the device, and the commands for it."""
+    parts = [f"left to the device: {left['text']}"]
+    if not left["bundle"]:
+        return [
+            *parts,
+            "no bundle, since not every gate was passed: deploykit pack --failed-gates makes one all the same",
+        ]
+    first, *rest = left["commands"]
+    return [
+        *parts,
+        f"bundle: {left['bundle']} (not signed, release 0; deploykit pack gives it a number and a signature)",
+        f"next: {first}",
+        *(f"  on the device: {command}" for command in rest),
+        "  ID is what install answers",
+    ]
 
 
 def benchmark(result: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from deploykit.artifact import Artifact, Format, Samples, Tensors
 from deploykit.errors import CapabilityError, UsageError
 from deploykit.machine import cpu_features, has_int8_dot_product
+from deploykit.progress import Progress, silent
 
 Cpu = Literal["this", "any", "arm64"]
 _ARM64 = ("aarch64", "arm64")  # what Linux and what macOS call it
@@ -109,6 +110,13 @@ class ProfilingRuntime(Runtime, Protocol):
         """
 
 
+class TellingRuntime(Protocol):
+    """A runtime whose builds take minutes and say how far they are."""
+
+    def build(self, model: Artifact, folder: Path, *, threads: int, progress: Progress = silent) -> Artifact:
+        """As `Runtime.build`; Ctrl-C ends it at its next step."""
+
+
 @dataclass(frozen=True)
 class QdqRules:
     """How a runtime wants Q/DQ placed so that it fuses them into int8 kernels.
@@ -145,7 +153,8 @@ class Entry:
     """One registered runtime: its module, its package, what to do when it is missing, and its quantization rules (None: no
     INT8). `on_cpu` says whether INT8 depends on the CPU; `signed_on_arm64`, whether its kernels for ARM's int8 dot product
     multiply signed by signed and do less with signed activations; `profiles`, whether its module says what each kernel takes
-    (`ProfilingRuntime`); `threads`, what the settings of its engines call the number of threads."""
+    (`ProfilingRuntime`); `tells_progress`, whether its builds say how far they are (`TellingRuntime`); `threads`, what the
+    settings of its engines call the number of threads."""
 
     module: str
     package: str
@@ -154,6 +163,7 @@ class Entry:
     on_cpu: bool = True
     signed_on_arm64: bool = False
     profiles: bool = False
+    tells_progress: bool = False
     threads: str = "intra_op_num_threads"
 
 
@@ -196,6 +206,7 @@ REGISTRY: Mapping[str, Entry] = {
         "build it on a machine with an NVIDIA GPU and TensorRT 10.3 or later: JetPack has it, elsewhere pip install tensorrt",
         QdqRules("int8", bias="float", weights="float", outputs=False, add="skip", share_concat_scale=True),
         on_cpu=False,
+        tells_progress=True,
     ),
     "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None),
 }

@@ -269,7 +269,7 @@ def why_not() -> str:
     try:
         count = load().device_count()
     except (CapabilityError, CudaError) as error:
-        return f"{error.what} ({error.why})"
+        return f"{error.what} ({error.why or '; '.join(error.problems)})"
     return "" if count else "the CUDA runtime finds no GPU"
 
 

@@ -5,10 +5,14 @@ Sources: NVIDIA's JetPack archive pages; jetson_stats' version map; release note
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from deploykit.errors import CapabilityError
 from deploykit.targets import OLDEST_BUILT, Target
+
+_BF16_SINCE = 8.0  # Ampere
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,86 @@ def of(target: Target) -> list[Release]:
     return [RELEASES[name] for name in target.jetpack]
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a TensorRT does with graphs whose precision is in the graph.
+
+    opset: the newest it reads. strongly_typed: whether it takes precision from the graph, which our engines need. half_scales:
+    whether Q/DQ may have FP16 scales. dla: what of it runs on DLA cores.
+    """
+
+    since: tuple[int, ...]
+    opset: int
+    strongly_typed: bool
+    half_scales: bool
+    dla: Literal["none", "fp16", "fp16 and int8"]
+
+
+# Newest first. Opsets: onnx-tensorrt docs/operators.md at each release. DLA: "Strongly Typed Networks for DLA" and "Working with
+# DLA" of 11.3 and 11.4.1: 10.7 was the last with it, 11.4.1 has it again, on AGX Orin with JetPack 7.2.2, and with Q/DQ.
+_ABILITIES = (
+    Abilities((11, 4, 1), 24, True, True, "fp16 and int8"),
+    Abilities((10, 13), 24, True, True, "none"),
+    Abilities((10, 9), 22, True, True, "none"),
+    Abilities((10, 8), 20, True, True, "none"),
+    Abilities((10, 3), 20, True, True, "fp16"),
+    Abilities((8, 5), 17, False, False, "fp16 and int8"),
+    Abilities((0,), 13, False, False, "fp16 and int8"),
+)
+
+
+def abilities(tensorrt: str) -> Abilities:
+    """What that version of TensorRT does; of a range of versions the newest."""
+    return next(found for found in _ABILITIES if _version(tensorrt) >= found.since)
+
+
+def building(target: Target) -> list[Release]:
+    """The releases for a board whose TensorRT builds our graphs, oldest first; empty for what is no Jetson."""
+    return [release for release in of(target) if abilities(release.tensorrt).strongly_typed]
+
+
+def refusals(target: Target, *, int8: bool, float_type: str, dla_core: int | None, opset: int) -> list[str]:
+    """Why an engine that is asked for cannot be built on a board, each reason; none when its oldest release that builds does it.
+
+    Raises CapabilityError when none of its releases builds our engines.
+    """
+    if target.kind != "gpu":
+        return [f"{target.title} runs no TensorRT: it has no GPU that is known here; --to onnxruntime or openvino"]
+    require_builds(target)
+    found = []
+    if int8 and not target.has_int8:
+        found.append(f"{target.title} has no int8 kernels (compute capability {target.compute_capability}): FP16 is what it has")
+    if float_type == "bf16" and float(target.compute_capability or 0) < _BF16_SINCE:
+        found.append(f"{target.title} has no bfloat16: that came with compute capability {_BF16_SINCE}")
+    releases = building(target)
+    if releases and opset > (most := min(abilities(release.tensorrt).opset for release in releases)):
+        found.append(f"TensorRT {releases[0].tensorrt} of JetPack {releases[0].jetpack} reads opset {most} at most, not {opset}")
+    if dla_core is not None:
+        found += _dla_refusals(target, releases, int8, float_type, dla_core)
+    return found
+
+
+def _dla_refusals(target: Target, releases: Sequence[Release], int8: bool, float_type: str, core: int) -> list[str]:
+    cores = int(target.value("dla"))
+    if core >= cores:
+        has = f"it has {cores}, counted from 0" if cores else "it has none; Xavier, Orin NX and AGX Orin have"
+        return [f"{target.title} has no DLA core {core}: {has}"]
+    found = []
+    if float_type != "fp16":
+        found.append(f'a DLA core computes in FP16 or INT8, and what stays float here is {float_type}: build.float_type = "fp16"')
+    able = [release for release in releases if abilities(release.tensorrt).dla != "none"]
+    if not able:
+        found.append(f"no TensorRT that builds these graphs for {target.title} uses its DLA cores")
+    elif int8 and not any("int8" in abilities(release.tensorrt).dla for release in able):
+        named = ", ".join(f"{release.tensorrt} of JetPack {release.jetpack}" for release in able)
+        found.append(f"TensorRT {named} does not take Q/DQ on a DLA core: FP16 alone runs there")
+    return found
+
+
 def require_builds(target: Target) -> None:
     """Raise CapabilityError when no release for this board has a TensorRT that our graphs are built with."""
     releases = of(target)
-    if not releases or any(_version(release.tensorrt) >= OLDEST_BUILT for release in releases):
+    if not releases or building(target):
         return
     newest = releases[-1]
     raise CapabilityError(

@@ -152,17 +152,19 @@ class TestGuards:
     def test_what_only_some_versions_have_is_refused_without_its_guard(self, checker):
         path = checker.folder / "deploykit" / "runtimes" / "tensorrt" / "builder.py"
         text = path.read_text()
-        guarded = re.findall(r'hasattr\((?:\w+), "(\w+)"\)', text)
-        assert guarded == ["SAME_COMPUTE_CAPABILITY"]
+        guarded = re.findall(r'hasattr\((?:[\w.]+), "(\w+)"\)', text)
+        assert guarded == ["ADJUST_FOR_DLA", "SAME_COMPUTE_CAPABILITY"]
         assert checker.folder in path.parents  # a copy
-        path.write_text(re.sub(r"not hasattr\(\w+, \"\w+\"\)", "options.batch is None", text))
+        unguarded = re.sub(r"not hasattr\(\w+, \"\w+\"\)", "options.batch is None", text)
+        path.write_text(re.sub(r" and hasattr\([\w.]+, \"\w+\"\)", "", unguarded))
 
         checker.stubs("10.3.0")
         try:
-            (found,) = checker.errors()
+            parser, level = checker.errors()
         finally:
             path.write_text(text)
-        assert '"type[HardwareCompatibilityLevel]" has no attribute "SAME_COMPUTE_CAPABILITY"' in found
+        assert '"type[OnnxParserFlag]" has no attribute "ADJUST_FOR_DLA"' in parser
+        assert '"type[HardwareCompatibilityLevel]" has no attribute "SAME_COMPUTE_CAPABILITY"' in level
 
 
 def misspelled(name: str) -> str:

@@ -28,10 +28,17 @@ def lint(model: Path | onnx.ModelProto, runtime: str) -> tuple[Finding, ...]:
     if runtime not in RULES:
         raise UsageError(f"{runtime} has no rules for Q/DQ", fix=f"one of {', '.join(RULES)}")
     seen = view.look(view.load(model))
-    rules = RULES[runtime] if common.is_quantized(seen) else (common.not_quantized,)
+    rules = RULES[runtime] if _has_rules(seen, runtime) else (common.not_quantized,)
+    if not common.is_quantized(seen):  # where nothing is meant to be, no layer was forgotten
+        rules = tuple(rule for rule in rules if rule is not common.layer_not_quantized)
     found = [_finding(rule, None, rule.find(seen, node)) for node in seen.nodes[:1] for rule in rules if rule.of_graph]
     found += [_finding(rule, node, rule.find(seen, node)) for node in seen.nodes for rule in rules if not rule.of_graph]
     return tuple(finding for finding in found if finding.what)
+
+
+def has_rules_for(model: Path | onnx.ModelProto, runtime: str) -> bool:
+    """Whether the rules of `runtime` say anything of a file: it holds Q/DQ, or for TensorRT 16-bit floats."""
+    return _has_rules(view.look(view.load(model)), runtime)
 
 
 def is_fatal(findings: Sequence[Finding]) -> bool:
@@ -62,6 +69,12 @@ def as_text(findings: Sequence[Finding], runtime: str) -> str:
             lines += [f"{severity}: {name} ({len(group)})", f"  why: {group[0].cost}", f"  try: {group[0].fix}"]
             lines += [f"  - {printable(finding.node)}: {printable(finding.what)}" for finding in group]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _has_rules(seen: view.View, runtime: str) -> bool:
+    """TensorRT takes every precision from the graph, so one of 16-bit floats is as much to be judged as one with Q/DQ."""
+    is_half = seen.float_type in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return common.is_quantized(seen) or (runtime == "tensorrt" and is_half)
 
 
 def _finding(rule: Rule, node: ir.Node | None, what: str) -> Finding:

@@ -47,10 +47,10 @@ def build(
 ) -> Artifact:
     """Build an engine for this GPU into `folder`, load it once, and write down what it consists of.
 
-    `threads` is the builder's. Without `options` it is built with TensorRT's own defaults, for batches of 1 to 32 where the model
-    has a dynamic one, and with the timing cache of this user.
+    `threads` is the builder's. Without `options` it is built as the recipe asks that made the model; where that says nothing,
+    with TensorRT's own defaults, for batches of 1 to 32 where the model has a dynamic one, and with this user's timing cache.
     """
-    options = options or Options(timing_cache=timing_cache.default_folder())
+    options = options or Options.of(model)
     cuda = cudart.load()
     device = cuda.device()
     workspace = options.workspace_bytes or cuda.free_bytes() // _WORKSPACE_SHARE
@@ -140,15 +140,26 @@ def _session(engine: Artifact, cuda: Cuda, *, graphs: bool = True) -> TensorRtSe
             why=f"it was built for {built}; here: {here}",
             fix="build it here from the portable ONNX file",
         )
-    return _opened(engine.path.read_bytes(), cuda, Log(), graphs=graphs, host_code=is_version_compatible)
+    core = settings.get("dla_core")
+    return _opened(
+        engine.path.read_bytes(),
+        cuda,
+        Log(),
+        graphs=graphs,
+        host_code=is_version_compatible,
+        dla_core=core if isinstance(core, int) else None,
+    )
 
 
-def _opened(content: bytes, cuda: Cuda, log: Log, *, graphs: bool, host_code: bool) -> TensorRtSession:
+def _opened(content: bytes, cuda: Cuda, log: Log, *, graphs: bool, host_code: bool, dla_core: int | None) -> TensorRtSession:
     with log.constructing("runtime"):
         runtime = trt.Runtime(log)
     if host_code:
         # A version-compatible plan holds code for the CPU: TensorRT runs it only when it is told to.
         runtime.engine_host_code_allowed = True
+    if dla_core is not None:
+        # Of the builder alone it has no effect: an engine runs on the core of its runtime, 0 by default (onnxruntime #26680).
+        runtime.DLA_core = dla_core
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise log.failure("TensorRT does not load the engine", fix="build it again on this machine from the portable ONNX file")
@@ -157,7 +168,7 @@ def _opened(content: bytes, cuda: Cuda, log: Log, *, graphs: bool, host_code: bo
 
 def _inspected(content: bytes, options: Options, cuda: Cuda, log: Log) -> str:
     """What a new engine consists of; so one that does not load is found out when it is built."""
-    session = _opened(content, cuda, log, graphs=False, host_code=options.version_compatible)
+    session = _opened(content, cuda, log, graphs=False, host_code=options.version_compatible, dla_core=options.dla_core)
     try:
         text = session.layers()
         inspector.read(text)

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import tensorrt as trt
 
-from deploykit.artifact import TensorSpec
+from deploykit.artifact import Artifact, TensorSpec
 from deploykit.errors import CapabilityError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
 from deploykit.progress import Progress, silent
@@ -22,6 +22,7 @@ from deploykit.runtimes.tensorrt.callbacks import Log, Monitor
 from deploykit.runtimes.tensorrt.compatibility import Hardware
 
 _Result = TypeVar("_Result")
+FACT = "tensorrt"  # of a graph: what its recipe's table of that name says, which travels to a device with the graph
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # of each dynamic input: smallest, best, largest
 
 
@@ -47,6 +48,41 @@ class Options:
     version_compatible: bool = False
     hardware: Hardware = "this"
 
+    @classmethod
+    def of(cls, model: Artifact) -> Options:
+        """What the recipe asked for that made `model`; without one TensorRT's own defaults, with this user's timing cache.
+
+        Raises UsageError when the manifest, which may be a stranger's, says something else.
+        """
+        asked = model.facts.get(FACT, {})
+        try:
+            return cls._read(cast(Mapping[str, Any], asked))
+        except (TypeError, ValueError, AttributeError) as error:
+            what = f"the manifest of {printable(model.folder)} has no options for TensorRT that can be used"
+            raise UsageError(what, why=f"{type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _read(cls, asked: Mapping[str, Any]) -> Options:
+        def number(name: str) -> int | None:
+            value = asked.get(name)
+            return None if value is None else _whole(name, value)
+
+        workspace, level, hardware = number("workspace_mib"), number("optimization_level"), asked.get("hardware", "this")
+        if hardware not in get_args(Hardware):
+            raise ValueError(f"hardware is {str(hardware)[:80]!r}")
+        sizes = [_whole("batch", size) for size in asked.get("batch", cls.batch)]
+        smallest, best, largest = sizes * 3 if len(sizes) == 1 else sizes
+        return cls(
+            batch=(smallest, best, largest),
+            workspace_bytes=None if workspace is None else workspace << 20,
+            optimization_level=cls.optimization_level if level is None else level,
+            timing_cache=timing_cache.default_folder() if asked.get("timing_cache", True) is True else None,
+            dla_core=number("dla_core"),
+            gpu_fallback=asked.get("gpu_fallback", True) is True,
+            version_compatible=asked.get("version_compatible") is True,
+            hardware=hardware,
+        )
+
     def __post_init__(self) -> None:
         smallest, best, largest = self.batch
         problems = []
@@ -58,6 +94,12 @@ class Options:
             problems.append(f"batch {self.batch}: a DLA core runs one size only; make the three equal")
         if problems:
             raise UsageError("TensorRT cannot build with these options", problems=problems)
+
+
+def _whole(name: str, value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{name} is {str(value)[:80]!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -89,7 +131,7 @@ def build(
         builder = trt.Builder(log)
     if threads:
         builder.max_threads = threads
-    network = _parsed(builder, path, log)
+    network = _parsed(builder, path, log, for_dla=options.dla_core is not None)
     config = _configured(builder, options, workspace_bytes, log)
     profile = {spec.name: _shapes(spec, options.batch) for spec in inputs if _is_dynamic(spec)}
     if profile:
@@ -105,7 +147,7 @@ def build(
     return Plan(content, profile, facts)
 
 
-def _parsed(builder: trt.Builder, path: Path, log: Log) -> trt.INetworkDefinition:
+def _parsed(builder: trt.Builder, path: Path, log: Log, *, for_dla: bool) -> trt.INetworkDefinition:
     """The network of a file; from the file and not its bytes, so that external weights are found beside it."""
     # Looked up by name: the numbers of these flags moved between 10 and 11, where every network is strongly typed.
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -114,6 +156,9 @@ def _parsed(builder: trt.Builder, path: Path, log: Log) -> trt.INetworkDefinitio
         parser = trt.OnnxParser(network, log)
     # On by default; version- and hardware-compatible engines need it.
     parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
+    # From 10.16 on: shapes and layers are changed where a DLA core wants others ("Strongly Typed Networks for DLA", 11.4.1).
+    if for_dla and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
+        parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if not parser.parse_from_file(str(path)):
         found = [_text(log.made("parser error", parser.get_error(index))) for index in range(parser.num_errors)]
         raise UsageError(
