@@ -1,34 +1,49 @@
-"""What fine-tuning gains over training from scratch, and what cached features save.
+"""What fine-tuning gains over training from scratch, what cached features save, what networks reach, and what an epoch costs.
 
-usage: python benchmarks/finetune.py gain --images DIR --checkpoint FILE [--network resnet18] [--pixels 64] [--seeds 5]
-           [--epochs 12] [--output DIR]
+usage: python benchmarks/finetune.py gain --images DIR --checkpoint FILE [--network mobilenet_v3_small] [--pixels 64] [--seeds 5]
+           [--epochs 12] [--page FILE] [--output DIR]
+       python benchmarks/finetune.py scratch --images DIR [--epochs 12] [--count 10000] [--page FILE] [--output DIR]
        python benchmarks/finetune.py features --images DIR [--network vgg16] [--pixels 224] [--count 200] [--output DIR]
+       python benchmarks/finetune.py memory [--output DIR]
+       python benchmarks/finetune.py overhead [--processes 5] [--output DIR]
 
 gain: DIR holds train/ and val/, each with a folder for each class; FILE are weights of the network for other classes. Fine-tuning
 is the head on cached features and then everything; the rival is the same network from scratch, at the best of three learning
-rates (chosen by its own mean over the seeds, which favours it), for twice as many epochs. The interval is that of the paired
-differences of seeds (Student's t, 95 %).
+rates (chosen by its own mean over the seeds, which favours it), for twice as many epochs. Of each training the best epoch on val
+counts. The interval is that of the paired differences of seeds (Student's t, 95 %).
+
+scratch: DIR holds train/ and test/ of small colour pictures (CIFAR-10); LeNet-5 for colour and CIFAR's ResNet-20 from
+random weights, the same number of epochs, the best epoch by a tenth of train; test is read once, with these weights.
 
 features: seconds of an epoch of the head alone on COUNT images, with the backbone run in every epoch and on features that were
 computed once, for the last layer and for the whole classifier block. The first epoch, which computes them, is not counted.
+
+memory: in a process whose anonymous memory is limited, features larger than the limit are made, and the head learns from them;
+the control, which reads the same file into memory, has to fail under the same limit.
+
+overhead: seconds of a training step of ResNet-18 at 224 pixels by `deploykit finetune`, its progress bar on, and by a bare loop
+of PyTorch over the same batches, in fresh processes that alternate.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from _results import write
+from PIL import Image
 
 from deploykit import data, finetune, models
+from deploykit.data.pictures import _with_shorter_side
 from deploykit.models import Model
 from deploykit.recipe import FinetuneTable, ModelTable, PreprocessTable
+from deploykit.report import training
 
 RATES = (0.0003, 0.001, 0.003)
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # two-sided, by the number of pairs
@@ -36,70 +51,100 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # two-sided, by the numb
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gain", "features"])
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("what", choices=["gain", "scratch", "features"])
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--network")
     parser.add_argument("--pixels", type=int)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--page", type=Path, help="where to leave the page of the first fine-tuning")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    (gain if arguments.what == "gain" else features)(arguments)
+    {"gain": gain, "scratch": scratch, "features": features}[arguments.what](arguments)
 
 
 def gain(arguments: argparse.Namespace) -> None:
-    network, pixels = arguments.network or "resnet18", arguments.pixels or 64
-    words = [
-        network,
-        "--data",
-        str(arguments.images),
-        "--augment",
-        "flip",
-        "--augment",
-        "crop",
-        "--epochs",
-        str(arguments.epochs),
-    ]
-    for key, value in (("resize", round(pixels * 1.14)), ("crop", pixels)):
-        words += ["--set", f"preprocess.{key}={value}"]
-    tuned = ["--weights", str(arguments.checkpoint), "--mode", "head first", "--cache-features", "--set", "finetune.views=4"]
-    found: dict[str, list[float]] = {}
+    network, pixels = arguments.network or "mobilenet_v3_small", arguments.pixels or 64
+    how = PreprocessTable(resize=round(pixels * 1.14), crop=pixels)
+    parts = [resized_once(data.folder(arguments.images / part, labelled=True), how) for part in ("train", "val")]
+    runs: dict[str, list[dict[str, Any]]] = {}
     for seed in range(arguments.seeds):
-        found.setdefault("fine-tuned", []).append(accuracy([*words, *tuned], seed))
+        common: dict[str, Any] = {"augment": ("flip", "crop"), "seed": seed}
+        table = FinetuneTable(mode="head first", cache_features=True, views=4, epochs=arguments.epochs, **common)
+        page = arguments.page if seed == 0 else None
+        model = ModelTable(name=network, weights=str(arguments.checkpoint), seed=seed)
+        runs.setdefault("fine-tuned", []).append(learned(model, how, parts, table, page))
         for rate in RATES:
-            scratch = [*words, "--weights", "none", "--learning-rate", str(rate), "--epochs", str(2 * arguments.epochs)]
-            found.setdefault(f"from scratch at {rate:g}", []).append(accuracy(scratch, seed))
-        print({name: [round(100 * share, 1) for share in shares] for name, shares in found.items()}, flush=True)
-    best = max((name for name in found if name != "fine-tuned"), key=lambda name: float(np.mean(found[name])))
-    differences = 100 * (np.array(found["fine-tuned"]) - np.array(found[best]))
+            table = FinetuneTable(epochs=2 * arguments.epochs, learning_rate=rate, **common)
+            found = learned(ModelTable(name=network, weights="none", seed=seed), how, parts, table)
+            runs.setdefault(f"from scratch at {rate:g}", []).append(found)
+        print({name: [round(100 * one["accuracy"], 1) for one in found] for name, found in runs.items()}, flush=True)
+    shares = {name: np.array([one["accuracy"] for one in found]) for name, found in runs.items()}
+    best = max((name for name in shares if name != "fine-tuned"), key=lambda name: float(shares[name].mean()))
+    differences = 100 * (shares["fine-tuned"] - shares[best])
     half = T_95[arguments.seeds] * differences.std(ddof=1) / len(differences) ** 0.5
-    tuned_percent, best_percent = (100 * np.mean(found[name]) for name in ("fine-tuned", best))
-    print(f"{network}, {pixels} pixels: fine-tuned {tuned_percent:.1f} %, {best} {best_percent:.1f} %")
+    ours, theirs = (100 * shares[name].mean() for name in ("fine-tuned", best))
+    print(f"{network}, {pixels} pixels: fine-tuned {ours:.1f} %, {best} {theirs:.1f} %")
     print(f"difference {differences.mean():+.1f} points ({differences.mean() - half:+.1f} to {differences.mean() + half:+.1f})")
-    write("finetune_gain", {"network": network, "pixels": pixels, "accuracy": found, "best_rival": best}, arguments.output)
+    content = {"network": network, "pixels": pixels, "epochs": arguments.epochs, "best_rival": best}
+    write(f"finetune_gain_{network}", {**content, "points": differences.tolist(), "half": half, "runs": runs}, arguments.output)
 
 
-def accuracy(words: list[str], seed: int) -> float:
-    """Best accuracy on the held-out images of one training, in a process of its own."""
+def resized_once(images: data.Images, how: PreprocessTable) -> data.Images:
+    """The same set, every picture resized as preprocessing would do it in every epoch, which then changes nothing any more."""
+    assert how.resize is not None
+    resized = []
+    for source in images.sources:
+        assert isinstance(source, Path)
+        picture = data.open_image(source).convert("RGB")
+        resized.append(np.array(picture.resize(_with_shorter_side(picture.size, how.resize), Image.Resampling.BILINEAR)))
+    return replace(images, sources=tuple(resized))
+
+
+def learned(
+    model: ModelTable, how: PreprocessTable, parts: list[data.Images], table: FinetuneTable, page: Path | None = None
+) -> dict[str, Any]:
+    """The best accuracy on the second of `parts`, and every epoch, of one training on the first."""
+    train, held_out = parts[:2]
+    network = models.with_classes(models.load(model, how, data_classes=train.classes), train.classes, seed=table.seed)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "deploykit", "finetune", *words, "--output", f"{folder}/run", "--json"]
-        command += ["--set", f"finetune.seed={seed}", "--set", f"model.seed={seed}"]
-        return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["best_val_accuracy"])
+        made = finetune.finetune(network, train, held_out, table, Path(folder), scratch=Path(folder, "scratch"))
+        if page is not None:
+            page.write_text(training.render(training.told(made, "", ""), made))
+        found = {"accuracy": made.facts["best_val_accuracy"], "history": json.loads(Path(folder, finetune.HISTORY).read_text())}
+    if len(parts) > 2:
+        found["test_loss"], found["test_accuracy"] = finetune.evaluate(network, parts[2])
+    return found
+
+
+def scratch(arguments: argparse.Namespace) -> None:
+    everything = data.calibration_subset(data.folder(arguments.images / "train", labelled=True), arguments.count or 10_000, 0)
+    test = data.folder(arguments.images / "test", classes=everything.classes, labelled=True)
+    held_out = range(9, len(everything), 10)  # a folder is sorted by class, so this is a tenth of each
+    parts = [everything.take(sorted({*range(len(everything))} - {*held_out})), everything.take(held_out), test]
+    runs = {}
+    for network in ("lenet5_rgb", "cifar_resnet20"):
+        table = FinetuneTable(epochs=arguments.epochs, batch=128, learning_rate=3e-3, augment=("flip",), shift=4)
+        how = PreprocessTable(channels="RGB", crop=32)
+        page = arguments.page and arguments.page.with_stem(f"{arguments.page.stem}_{network}")
+        runs[network] = learned(ModelTable(name=network, weights="none"), how, parts, table, page)
+        print(f"{network}: {100 * runs[network]['test_accuracy']:.1f} % of {len(test):,} test images", flush=True)
+    write("finetune_scratch", {"images": len(parts[0]), "epochs": arguments.epochs, "runs": runs}, arguments.output)
 
 
 def features(arguments: argparse.Namespace) -> None:
     network, pixels = arguments.network or "vgg16", arguments.pixels or 224
     everything = data.folder(arguments.images, labelled=True)
-    images = data.calibration_subset(everything, arguments.count, 0)
+    images = data.calibration_subset(everything, arguments.count or 200, 0)
     seconds: dict[str, list[float]] = {}
     for head in ("last", "classifier"):
         for cached in (False, True):
             epochs = 4 if cached else 2
-            seconds[f"{head}, {'cached' if cached else 'plain'}"] = epoch_seconds(
-                network, pixels, images, head, epochs, cached=cached
-            )
+            kind = f"{head}, {'cached' if cached else 'plain'}"
+            seconds[kind] = epoch_seconds(network, pixels, images, head, epochs, cached=cached)
+            print(kind, seconds[kind], flush=True)
     for head in ("last", "classifier"):
         plain, cached_s = (float(np.median(seconds[f"{head}, {kind}"])) for kind in ("plain", "cached"))
         ratio = f"{plain:.2f} s an epoch, {cached_s:.4f} s cached: {plain / cached_s:.0f} times"
@@ -110,7 +155,7 @@ def features(arguments: argparse.Namespace) -> None:
 
 
 def epoch_seconds(network: str, pixels: int, images: data.Images, head: str, epochs: int, *, cached: bool) -> list[float]:
-    """Seconds of each training epoch after the first, without its evaluation: held-out is one image of every class."""
+    """CPU seconds of each training epoch after the first; held-out is one image of every class."""
     model: Model = models.load(ModelTable(name=network, weights="none"), PreprocessTable(crop=pixels, resize=pixels))
     model = models.with_classes(model, images.classes, seed=0)
     assert images.labels is not None

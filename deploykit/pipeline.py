@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,9 @@ from deploykit.report import device, html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
 from deploykit.targets import jetpack
+
+if TYPE_CHECKING:
+    from deploykit.finetune.processes import Processes
 
 RESULT, REPORT, TRAINING = "result.json", "report.html", "training.html"
 _TOOLS = (
@@ -89,19 +92,38 @@ def run(
 
 
 def train(
-    recipe: Recipe, out: Path, *, progress: Progress = silent, clock: Callable[[], float] = perf_counter
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress = silent,
+    clock: Callable[[], float] = perf_counter,
+    processes: Processes | None = None,
 ) -> Mapping[str, Any]:
     """Only the training that `recipe` asks for, in the folder `out`, with a page of its own; `run` goes on from there.
 
-    Raises what `run` raises.
+    Of several `processes` this is the first, which alone writes; the others `assist`. Raises what `run` raises.
     """
     from deploykit.report import training
 
     with publish.lock(out), workspace.claimed(out, recipe):
-        made = _finetune(Work(recipe, out, Sources(recipe, progress), progress, clock))
+        made = _finetune(Work(recipe, out, Sources(recipe, progress), progress, clock), processes)
         found = training.told(made, printable(out), printable(out / TRAINING))
-        publish.write_file(out / TRAINING, training.render(found).encode())
+        publish.write_file(out / TRAINING, training.render(found, made).encode())
         return found
+
+
+def assist(recipe: Recipe, out: Path, processes: Processes) -> None:
+    """A further process of `train`: takes its share of the training, if there is one to do, and writes nothing.
+
+    Raises what `train` raises.
+    """
+    from deploykit.finetune import assist
+
+    assert recipe.finetune is not None
+    if processes.told(None):
+        sources = Sources(recipe)
+        images = (sources.train, sources.held_out)
+        assist(sources.untrained, *images, recipe.finetune, scratch=out / _UNFINISHED_TRAINING, processes=processes)
 
 
 @dataclass
@@ -143,7 +165,7 @@ class Work:
         return made
 
 
-def _finetune(work: Work) -> Artifact:
+def _finetune(work: Work, processes: Processes | None = None) -> Artifact:
     settings = work.recipe.finetune
     assert settings is not None
 
@@ -153,9 +175,13 @@ def _finetune(work: Work) -> Artifact:
         sources = work.sources
         sources.check()
         images = (sources.train, sources.held_out)
-        return finetune(sources.untrained, *images, settings, folder, scratch=scratch, progress=work.progress)
+        if processes is not None:
+            started.append(processes.told(True))
+        train = partial(finetune, sources.untrained, *images, settings, folder, scratch=scratch, progress=work.progress)
+        return train() if processes is None else train(processes=processes)
 
     scratch = work.out / _UNFINISHED_TRAINING
+    started: list[bool] = []
     made = work.stage(
         "finetune",
         make,
@@ -163,6 +189,8 @@ def _finetune(work: Work) -> Artifact:
         parents=[work.sources.training_digest],
         summary=lambda made: f"best accuracy on held-out images {100 * cast(float, made.facts['best_val_accuracy']):.1f} %",
     )
+    if processes is not None and not started:
+        processes.told(False)  # there is nothing to train
     publish.remove(scratch)  # the stage is complete on disk
     return made
 

@@ -133,6 +133,13 @@ class FinetuneTable:
     label_smoothing: float = setting("share of the target spread over all classes", 0.0, low=0, high=0.9)
     class_weights: Literal["none", "balanced"] = setting("balanced: rare classes weigh more, in inverse proportion", "none")
     dropout: float | None = setting("share that every dropout layer drops, instead of its own", None, low=0, high=0.95)
+    aux_loss: float | None = setting(
+        "share of the loss of auxiliary heads, for googlenet (0.3 in its paper) and inception_v3 (0.4); without it they are "
+        "left out, and in no case are they exported",
+        None,
+        low=1e-3,
+        high=1,
+    )
     shift: int = setting("augmentation: random shift by up to this many input pixels", 0, low=0, high=1024)
     augment: tuple[Literal["crop", "flip", "rotate", "colour", "trivial", "rand"], ...] = setting(
         "augmentation by torchvision: random resized crop, mirror, rotation, colour jitter, TrivialAugment, RandAugment", ()
@@ -144,6 +151,10 @@ class FinetuneTable:
         "keep channels last in memory; depthwise convolutions on a CPU may be several times faster or slower", False
     )
     deterministic: bool = setting("refuse operations that have no deterministic implementation", False)
+    show: tuple[str, ...] = setting(
+        "layers, by name or pattern, that the page shows: their maps of one picture, and the weights of those that read it",
+        (),
+    )
     seed: int = setting("seed of shuffling, augmentation and a new head", 0, low=0, high=2**32 - 1)
 
 
@@ -408,6 +419,8 @@ def _contradictions_of_training(table: FinetuneTable) -> Iterator[str]:
         yield 'finetune.cache_features needs a backbone that stays as it is: mode = "head" or "head first", and no unfreeze'
     if table.cache_features and table.mix != "none":
         yield f"finetune.mix = {table.mix!r} mixes pictures, and with cache_features there are none: leave one of them out"
+    if table.aux_loss is not None and table.mode == "head":
+        yield 'finetune.aux_loss is for the layers below the auxiliary heads, and with mode = "head" they do not learn'
     if table.views > 1 and not table.cache_features:
         yield f"finetune.views = {table.views} is for cache_features; without it every epoch sees new views"
 

@@ -20,7 +20,7 @@ from deploykit import finetune
 from deploykit.artifact import Artifact, Format, Preprocess
 from deploykit.data import Images
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
-from deploykit.finetune import HISTORY
+from deploykit.finetune import HISTORY, judging, loop
 from deploykit.finetune.augment import Augmented, mixed
 from deploykit.finetune.schedule import share_of_peak
 from deploykit.finetune.state import FILE
@@ -80,11 +80,11 @@ class TestTraining:
     def test_the_best_epoch_is_kept(self, tmp_path, monkeypatch, results, best):
         seen = []
 
-        def evaluate(model, images):
+        def evaluate(model, *_):
             seen.append({name: value.clone() for name, value in model.module.state_dict().items()})
             return results[len(seen) - 1]
 
-        monkeypatch.setattr(finetune, "evaluate", evaluate)
+        monkeypatch.setattr(judging, "evaluate", evaluate)
 
         artifact = train(tmp_path, epochs=3)
 
@@ -128,7 +128,7 @@ class TestHistory:
 
         history = json.loads((tmp_path / HISTORY).read_text())
         assert [epoch["epoch"] for epoch in history] == [1, 2, 3]
-        assert set(history[0]) == {"epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy"}
+        assert set(history[0]) == {"epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "train_accuracy"}
 
     @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "step"])
     def test_the_learning_rate_rises_to_its_peak_and_falls(self, schedule):
@@ -163,12 +163,12 @@ class TestAugmentation:
     def test_nothing_asked_for_is_no_work(self):
         batch = np.zeros((1, 1, 8, 8), np.float32)
 
-        assert np.shares_memory(Augmented(FinetuneTable(), HOW)(batch).numpy(), batch)
+        assert np.shares_memory(Augmented(FinetuneTable(), HOW)(batch, [0]).numpy(), batch)
 
     def test_a_shifted_picture_moves_by_at_most_the_given_pixels_and_keeps_its_size(self):
         pixels = np.arange(2 * 64, dtype=np.uint8).reshape(2, 1, 8, 8)
 
-        moved = Augmented(FinetuneTable(shift=2), HOW)(prepared(pixels)).numpy()
+        moved = Augmented(FinetuneTable(shift=2), HOW)(prepared(pixels), range(2)).numpy()
 
         assert moved.shape == pixels.shape
         for before, after in zip(prepared(pixels), moved, strict=True):
@@ -181,7 +181,7 @@ class TestAugmentation:
         pixels = np.random.default_rng(0).integers(0, 256, (32, 1, 8, 8), dtype=np.uint8)
         before = prepared(pixels)
 
-        after = Augmented(FinetuneTable(augment=("flip",)), HOW)(before).numpy()
+        after = Augmented(FinetuneTable(augment=("flip",)), HOW)(before, range(32)).numpy()
 
         mirrored = [np.abs(one - other[:, :, ::-1]).max() < 1e-5 for one, other in zip(before, after, strict=True)]
         same = [np.abs(one - other).max() < 1e-5 for one, other in zip(before, after, strict=True)]
@@ -194,9 +194,7 @@ class TestAugmentation:
         batch = np.random.default_rng(0).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)
 
         def changed(seed: int) -> torch.Tensor:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return Augmented(FinetuneTable(augment=(name,)), how)(batch)
+            return Augmented(FinetuneTable(augment=(name,)), how)(batch, range(seed, seed + 4))
 
         assert changed(1).shape == batch.shape
         assert torch.equal(changed(1), changed(1))
@@ -327,14 +325,14 @@ class TestOptions:
         assert moved < 1e-6
 
     def test_patience_ends_a_training_that_does_not_improve(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(finetune, "evaluate", lambda model, images: (1.0, 0.5))
+        monkeypatch.setattr(judging, "evaluate", lambda *_: (1.0, 0.5))
 
         train(tmp_path, epochs=9, patience=2)
 
         assert len(json.loads((tmp_path / HISTORY).read_text())) == 3
 
     def test_a_head_without_progress_ends_its_own_phase_and_not_the_training(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(finetune, "evaluate", lambda model, images: (1.0, 0.5))
+        monkeypatch.setattr(judging, "evaluate", lambda *_: (1.0, 0.5))
 
         train(tmp_path, named(), mode="head first", head_epochs=5, epochs=10, patience=1, rest_rate=0.5, warmup=0)
 
@@ -343,10 +341,10 @@ class TestOptions:
         assert rates[2] == pytest.approx(rates[0] / 2)
 
     def test_what_torch_refuses_is_told_and_no_traceback(self, tmp_path, monkeypatch):
-        def without_memory(*_: Any) -> float:
+        def without_memory(*_: Any) -> tuple[float, int]:
             raise torch.OutOfMemoryError("out of memory: tried to allocate 3 GiB")
 
-        monkeypatch.setattr(finetune, "_step", without_memory)
+        monkeypatch.setattr(loop, "step", without_memory)
 
         with pytest.raises(StageError, match=r"tried to allocate 3 GiB(.|\n)*a smaller finetune.batch than 16"):
             train(tmp_path, named())
@@ -420,19 +418,23 @@ class TestAKilledTraining:
         assert epochs_done(batch=8) == 0
 
     def test_what_was_good_is_kept_when_the_loss_is_not_a_number_any_more(self, tmp_path, monkeypatch):
-        step = finetune._step
+        step = loop.step
 
         counted: list[int] = []
 
-        def exploding(*case: Any) -> float:
+        def exploding(*case: Any) -> tuple[float, int]:
             counted.append(1)
-            return step(*case) if len(counted) <= 6 else float("nan")
+            return step(*case) if len(counted) <= 6 else (float("nan"), 0)
 
-        monkeypatch.setattr(finetune, "_step", exploding)
+        monkeypatch.setattr(loop, "step", exploding)
         table = FinetuneTable(epochs=3, batch=16)
 
-        with pytest.raises(StageError, match=r"diverged in epoch 2(.|\n)*loss of step 3 is nan; the 1 epochs before are kept in"):
+        with pytest.raises(StageError, match=r"diverged in epoch 2(.|\n)*loss of step 3 is nan; the weights of epoch 1,"):
             finetune.finetune(named(), stripes(64, 0), stripes(8, 1), table, tmp_path, scratch=tmp_path / "scratch")
+
+        kept = safetensors.torch.load_file(tmp_path / "scratch" / loop.BEST_SO_FAR)
+        named().module.load_state_dict(kept)
+        assert all(value.isfinite().all() for value in kept.values())
 
 
 class TestCachedFeatures:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from deploykit.cli import cli
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import CapabilityError, DataError, StageError, UsageError
 from deploykit.report import training
 
 WORDS = ["--weights", "none", "--set", "preprocess.crop=32", "--set", "preprocess.channels='L'", "--learning-rate", "0.01"]
+
+EIGHT = ["--epochs", "8", "--augment", "flip", "--set", "finetune.show=['conv*']"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def finetune(data: Path, output: Path, *words: str) -> Result:
 @pytest.fixture(scope="module")
 def trained(bars, tmp_path_factory) -> tuple[dict, Path]:
     output = tmp_path_factory.mktemp("out") / "run"
-    answer = finetune(bars, output, "--epochs", "8", "--augment", "flip", "--json")
+    answer = finetune(bars, output, *EIGHT, "--json")
     assert answer.exception is None, answer.output
     return json.loads(answer.stdout), output
 
@@ -76,7 +79,7 @@ class TestTheCommand:
     def test_the_same_again_is_skipped(self, bars, trained):
         before = (trained[1] / "finetune" / "model.safetensors").stat().st_mtime_ns
 
-        finetune(bars, trained[1], "--epochs", "8", "--augment", "flip")
+        finetune(bars, trained[1], *EIGHT)
 
         assert (trained[1] / "finetune" / "model.safetensors").stat().st_mtime_ns == before
         assert not (trained[1] / "finetune.epochs").exists()
@@ -84,7 +87,14 @@ class TestTheCommand:
     def test_the_page_says_how_each_class_went(self, trained):
         page = (trained[1] / "training.html").read_text()
 
-        assert all(word in page for word in ("Learning curve", "Each class", "Recall", "standing", "lying"))
+        assert all(word in page for word in ("Learning curve", "training accuracy", "Each class", "Recall", "standing", "lying"))
+
+    def test_the_page_shows_pictures_that_were_decided_and_what_the_layers_asked_for_see(self, trained):
+        page = (trained[1] / "training.html").read_text()
+
+        assert 12 + 3 <= page.count("<img") <= 16 + 3  # of 16 held-out pictures; the kernels of conv1, and the maps of both
+        assert "conv1</code>: weights" in page
+        assert "conv2</code>: maps of the first held-out picture" in page
 
     def test_the_terminal_says_where_everything_is(self, trained):
         text = training.as_text(trained[0])
@@ -139,6 +149,31 @@ class TestBadData:
 
         assert isinstance(answer.exception, DataError)
         assert "lying/00.png" in str(answer.exception)
+
+    def test_a_class_without_pictures_is_named(self, bars, tmp_path):
+        shutil.copytree(bars, tmp_path / "bars")
+        (tmp_path / "bars" / "train" / "empty").mkdir()
+
+        answer = finetune(tmp_path / "bars", tmp_path / "run")
+
+        assert isinstance(answer.exception, DataError)
+        assert "empty/ holds no pictures" in str(answer.exception)
+
+    def test_a_rate_that_is_far_too_high_ends_with_the_step_and_leaves_what_was_good(self, bars, tmp_path):
+        words = ["--set", "finetune.optimizer='sgd'", "--learning-rate", "60", "--epochs", "9", "--batch", "48"]
+        answer = finetune(bars, tmp_path / "run", *words)
+
+        assert isinstance(answer.exception, StageError)
+        assert answer.exception.exit_code == 1
+        assert "training diverged in epoch" in str(answer.exception)
+        assert not (tmp_path / "run" / "finetune").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_gpu_that_is_not_there_is_exit_4(self, bars, tmp_path):
+        answer = finetune(bars, tmp_path / "run", "--set", "finetune.device='cuda'")
+
+        assert isinstance(answer.exception, CapabilityError)
+        assert answer.exception.exit_code == 4
 
     def test_settings_that_do_not_go_together_are_told_at_once(self, bars, tmp_path):
         answer = finetune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -87,7 +88,8 @@ def finetune_command(
     """Train a network on your images.
 
     MODEL is as in `deploykit export`. The checkpoint of the best epoch and a page with its curves are left in the output folder;
-    `deploykit run` with the recipe there goes on to export. A training that was interrupted goes on from its last epoch.
+    `deploykit run` with the recipe there goes on to export. A training that was interrupted goes on from its last epoch. Several
+    GPUs, or processes: torchrun --nproc-per-node N -m deploykit finetune ...; the batch is that of all of them together.
     """
     content: dict[str, Any] = {"name": f"{_run_name(model)}-finetune", "model": {"name": model}, "finetune": {}}
     for key, value in values.items():
@@ -107,8 +109,30 @@ def finetune_command(
     from deploykit import pipeline
     from deploykit.report import training
 
+    out = output or _RUNS / recipe.name
+    if "WORLD_SIZE" in os.environ:
+        return _trained_together(recipe, out, as_json)
     with progress_bars() as progress:
-        result = pipeline.train(recipe, output or _RUNS / recipe.name, progress=progress)
+        result = pipeline.train(recipe, out, progress=progress)
+    click.echo(json.dumps(result) if as_json else training.as_text(result), nl=as_json)
+    return int(result["exit_code"])
+
+
+def _trained_together(recipe: Recipe, out: Path, as_json: bool) -> int:
+    """One of the processes that torchrun started: the first does what it would do alone, the others help it to train."""
+    from deploykit import pipeline
+    from deploykit.finetune.lesson import device_of
+    from deploykit.finetune.processes import joined, of_torchrun
+    from deploykit.report import training
+
+    processes = of_torchrun(os.environ)
+    assert recipe.finetune is not None
+    with joined(processes, on_gpu=device_of(recipe.finetune, processes).type == "cuda"):
+        if not processes.is_first:
+            pipeline.assist(recipe, out, processes)
+            return 0
+        with progress_bars() as progress:
+            result = pipeline.train(recipe, out, progress=progress, processes=processes)
     click.echo(json.dumps(result) if as_json else training.as_text(result), nl=as_json)
     return int(result["exit_code"])
 

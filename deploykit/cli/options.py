@@ -71,22 +71,35 @@ def pairs(option: str, texts: tuple[str, ...], example: str, *, form: str = "KEY
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each piece of long work, on standard error; nothing when that is not a terminal."""
+    """A bar for each piece of long work, on standard error; nothing when that is not a terminal.
+
+    What is being done may be `things | details`: all details of one kind of thing share a bar, which shows how many it does in
+    a second.
+    """
     if not sys.stderr.isatty():
         from deploykit.progress import silent
 
         yield silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        *(TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            name, _, detail = what.partition(" | ")
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, detail="")
+            task = next(one for one in bars.tasks if one.id == tasks[name])
+            if done < task.completed:  # another epoch
+                bars.reset(tasks[name])
+            if detail and task.speed:
+                detail += f", {task.speed:.0f} {name}/s"
+            bars.update(tasks[name], completed=done, total=total, detail=detail)
 
         yield show

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ _JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05}
 
 
 class Augmented:
-    """Turns preprocessed pictures into changed ones, by the presets that the settings name. Draws from torch's generator."""
+    """Turns preprocessed pictures into changed ones, by the presets that the settings name."""
 
     def __init__(self, settings: FinetuneTable, how: Preprocess) -> None:
         presets: dict[str, Callable[[], v2.Transform]] = {
@@ -35,15 +35,27 @@ class Augmented:
         channels = (len(how.mean), 1, 1)
         self._mean, self._std = torch.tensor(how.mean).reshape(channels), torch.tensor(how.std).reshape(channels)
 
-    def __call__(self, batch: NDArray) -> torch.Tensor:  # type: ignore[type-arg]
-        """(B, C, H, W) normalised floats -> the same, every picture changed by itself."""
+    def __call__(self, batch: NDArray, seeds: Iterable[int]) -> torch.Tensor:  # type: ignore[type-arg]
+        """(B, C, H, W) normalised floats -> the same, every picture changed by what its own seed draws.
+
+        So what becomes of a picture does not depend on the others of its batch, nor on the process that it is read in.
+        torch's generator, which torchvision draws from, is left as it was.
+        """
         floats = torch.from_numpy(batch)
         if self._change is None:
             return floats
         # Pictures were bytes before they were normalised, so this gives them back exactly.
         pixels = (floats * self._std + self._mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-        changed = torch.stack([self._change(picture) for picture in pixels])
+        before = torch.get_rng_state()
+        changed = torch.stack([self._changed(picture, seed) for picture, seed in zip(pixels, seeds, strict=True)])
+        torch.set_rng_state(before)
         return (changed.float().div_(255) - self._mean) / self._std
+
+    def _changed(self, picture: torch.Tensor, seed: int) -> torch.Tensor:
+        assert self._change is not None
+        torch.default_generator.manual_seed(seed)
+        changed: torch.Tensor = self._change(picture)
+        return changed
 
 
 def mixed(settings: FinetuneTable, classes: int) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from deploykit.errors import UsageError
 from deploykit.models import Model
+from deploykit.models.ensemble import heads
 from deploykit.models.head import last_layer
 from deploykit.recipe import FinetuneTable
 
 
 def head_of(model: Model, which: str) -> str:
-    """The module path of the head: the last layer ("last"), or the outermost block that it stands in ("classifier").
+    """The module path of the head: the last layer ("last"), or the outermost block of it that is not the whole network
+    ("classifier").
 
-    Raises ModelError when no layer is as wide as the network's answer.
+    Raises ModelError when no layer is as wide as the network's answer, UsageError when several members of an ensemble have one.
     """
+    if members := heads(model.module):
+        raise UsageError(
+            f"{model.name} has {len(members)} heads, one in each member",
+            why="their logits are averaged",
+            fix="--arg combine=features, which has one head on all members, or finetune.mode = 'all'",
+        )
     name = last_layer(model)
-    return name if which == "last" else name.partition(".")[0]
+    if which == "last":
+        return name
+    parts = name.split(".")
+    everything = sum(1 for _ in model.module.parameters())
+    for depth in range(1, len(parts)):
+        block = ".".join(parts[:depth])
+        # A wrapper around the network is no part of it.
+        if sum(1 for _ in model.module.get_submodule(block).parameters()) < everything:
+            return block
+    return name
 
 
 def choose(model: Model, settings: FinetuneTable, *, head_only: bool) -> None:
@@ -28,17 +45,7 @@ def choose(model: Model, settings: FinetuneTable, *, head_only: bool) -> None:
     Raises UsageError when a pattern names no module, or nothing is left to learn.
     """
     module, head = model.module, head_of(model, settings.head) if head_only else ""
-    names = [name for name, _ in module.named_modules() if name]
-    patterns = {"freeze": settings.freeze, "unfreeze": settings.unfreeze}
-    unknown = [
-        f"finetune.{key}: {pattern}"
-        for key, listed in patterns.items()
-        for pattern in listed
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
-    if unknown:
-        fix = f"modules are called {', '.join(names[:4])}, ...; a pattern such as layer4.* names all below one"
-        raise UsageError(f"these patterns name no module of {model.name}", problems=unknown, fix=fix)
+    refuse_unknown(model, {"freeze": settings.freeze, "unfreeze": settings.unfreeze})
     for name, parameter in module.named_parameters():
         owners = list(_owners(name))
         learns = not head_only or head in owners
@@ -75,6 +82,37 @@ def set_dropout(module: nn.Module, share: float) -> int:
     for layer in layers:
         layer.p = share
     return len(layers)
+
+
+def changing(module: nn.Module) -> set[str]:
+    """The names in its state_dict of what training may change: what learns, and statistics where all of a module does."""
+    names = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    whole = {id(part) for outermost in _wholly_learning(module) for part in outermost.modules()}
+    for path, part in module.named_modules(remove_duplicate=False):
+        if id(part) in whole:
+            names |= {f"{path}.{name}".lstrip(".") for name, _ in part.named_buffers(recurse=False)}
+    return names
+
+
+def named(model: Model, patterns: Sequence[str], key: str) -> list[str]:
+    """The module paths that patterns name, in the network's order. Raises UsageError for a pattern that names none."""
+    names = [name for name, _ in model.module.named_modules() if name]
+    refuse_unknown(model, {key: patterns})
+    return [name for name in names if _named([name], patterns)]
+
+
+def refuse_unknown(model: Model, patterns: Mapping[str, Sequence[str]]) -> None:
+    """Raise one UsageError about all patterns, by the recipe's key, that name no module."""
+    names = [name for name, _ in model.module.named_modules() if name]
+    unknown = [
+        f"finetune.{key}: {pattern}"
+        for key, listed in patterns.items()
+        for pattern in listed
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if unknown:
+        fix = f"modules are called {', '.join(names[:4])}, ...; a pattern such as layer4.* names all below one"
+        raise UsageError(f"these patterns name no module of {model.name}", problems=unknown, fix=fix)
 
 
 def _wholly_learning(module: nn.Module) -> Iterator[nn.Module]:

@@ -24,16 +24,25 @@ class Epoch:
     train_loss: float
     val_loss: float
     val_accuracy: float
+    train_accuracy: float | None = None
+    """In training, so with augmentation and dropout, and while the weights changed; None where labels are mixed."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better."""
+        return (self.val_accuracy, -self.val_loss)
 
 
 @dataclass
 class State:
     """A training after `len(history)` epochs: the weights, the best ones so far, and what the optimizer remembers.
 
+    Of weights, those alone that may have changed: a head on a large frozen backbone is written in no time.
+
     `started` has the first epoch of each phase that was begun; `steps` counts those of the last one.
     """
 
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     best: Mapping[str, torch.Tensor] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     average: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -26,7 +26,9 @@ def learning(result: Result) -> Child:
         if (points := _points(history, key))
     ]
     share = _points(history, "val_accuracy")
-    accuracies = [Line("validation accuracy", share)] if share else []
+    learned = _points(history, "train_accuracy")
+    accuracies = [Line("training accuracy", learned)] if learned else []
+    accuracies += [Line("validation accuracy", share, dashed=bool(learned))] if share else []
     return [
         element("p", _training_sentence(training, history, share), class_="lead"),
         element(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploykit.artifact import Artifact
 from deploykit.errors import printable
+from deploykit.finetune import EXAMPLES
 from deploykit.finetune.state import Epoch
-from deploykit.report import network, units
+from deploykit.report import decisions, network, units
 from deploykit.report.html import page
 from deploykit.report.markup import Child, element
-from deploykit.report.parts import Column, Result, facts, table
+from deploykit.report.parts import Column, Result, facts, figure, table
 
 _MOST_CLASSES = 40  # a wider table of confusions is read by nobody; the worst pairs are listed in any case
 _WORST = 10
@@ -21,11 +23,11 @@ _WORST = 10
 def told(made: Artifact, out: str, report: str) -> dict[str, Any]:
     """The result of `deploykit finetune` as plain JSON values."""
     history = json.loads((made.folder / "history.json").read_text())
-    best = max((Epoch(**epoch) for epoch in history), key=lambda one: (one.val_accuracy, -one.val_loss))
-    keys = ("model", "weights", "notes", "train_images", "val_images", "device", "augmentation", "confusion")
+    best = max((Epoch(**epoch) for epoch in history), key=lambda one: one.rank)
+    keys = ("model", "weights", "notes", "train_images", "val_images", "device", "processes", "augmentation", "confusion")
     return {
         "kind": "finetune",
-        **{key: made.facts[key] for key in keys},
+        **{key: made.facts[key] for key in (*keys, "sheets")},
         "classes": list(made.classes),
         "best_epoch": best.epoch,
         "best_val_accuracy": best.val_accuracy,
@@ -52,8 +54,8 @@ def as_text(found: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(found: Result) -> str:
-    """The page; the same result gives the same page."""
+def render(found: Result, made: Artifact) -> str:
+    """The page; its pictures are in the folder of `made`. The same result gives the same page."""
     top = element(
         "header",
         element("p", "deploykit training", class_="kicker"),
@@ -64,6 +66,8 @@ def render(found: Result) -> str:
         ("learning", "Learning curve", network.learning({"finetune": found})),
         ("classes", "Each class", _classes(found)),
         ("confusions", "Confusions", [_worst(found), _matrix(found)]),
+        ("pictures", "Decided wrong and right", _examples(found, made)),
+        *([("layers", "What layers see", [_sheet(sheet, made) for sheet in found["sheets"]])] if found["sheets"] else []),
         ("settings", "Settings", facts((key, json.dumps(value)) for key, value in found["settings"].items())),
     ]
     sections = [element("section", element("h2", title), content, id=anchor) for anchor, title, content in parts]
@@ -105,6 +109,29 @@ def _matrix(found: Result) -> Child:
     columns = [Column("Class"), *(Column(_name(found, index), numeric=True) for index in range(len(confusion)))]
     rows = [(_name(found, index), *(units.count(count) for count in row)) for index, row in enumerate(confusion)]
     return table("Rows are the classes of held-out images, columns what they were taken for", columns, rows)
+
+
+def _examples(found: Result, made: Artifact) -> Child:
+    """The held-out pictures that were decided wrong with the most certainty, and some of the others."""
+    content = json.loads((made.folder / EXAMPLES).read_text())
+    samples = [
+        {
+            "png": one["png"],
+            "name": one["name"],
+            "label": _name(found, one["label"]),
+            "reference": _name(found, one["decided"]),
+            "confidence": one["probability"],
+        }
+        for one in content
+    ]
+    return decisions.samples({"samples": samples, "model": {"input": list(made.preprocess.shape)}})
+
+
+def _sheet(sheet: Mapping[str, str], made: Artifact) -> Child:
+    png = base64.b64encode((made.folder / sheet["file"]).read_bytes()).decode()
+    what = "maps of the first held-out picture" if sheet["what"] == "activations" else "weights, which read the picture itself"
+    image = element("img", src=f"data:image/png;base64,{png}", alt=f"{sheet['what']} of {sheet['layer']}")
+    return figure((element("code", sheet["layer"]), f": {what}; each from its least value (black) to its largest (white)"), image)
 
 
 def _name(found: Mapping[str, Any], index: int) -> str:
