@@ -15,6 +15,7 @@ from deploykit.benchmark.report import BenchmarkReport
 from deploykit.jsonable import to_json
 from deploykit.telemetry import board, throttling
 from deploykit.telemetry.board import State
+from deploykit.telemetry.recorder import Recorder
 from deploykit.telemetry.tegrastats import Sample, energy_mj, parse, samples
 
 # As found in public files, one for each release and board: release, line.
@@ -256,6 +257,9 @@ class TestThrottling:
         assert throttling.of_samples(trace(612, 612)) == []
         assert throttling.of_samples(trace(612, 612), locked_mhz=1020) != []
 
+    def test_a_clock_that_rises_is_no_throttling(self):
+        assert throttling.of_samples(trace(306, 612, 1020)) == []
+
     def test_an_idle_gpu_may_lower_its_clock(self):
         assert throttling.of_samples(trace(1020) + trace(306, load=0)) == []
 
@@ -301,7 +305,61 @@ class TestABenchmarkOnAThrottlingBoard:
         assert self.verdict(tuple(throttling.of_samples(found[:2]))) == "valid"
         assert "from 1020 to 714 MHz" in self.verdict(tuple(throttling.of_samples(found)))
 
-    def test_what_was_seen_is_kept_with_the_raw_samples(self):
-        report = timings.report({"a": [1000] * 5}, throttled=("3 over-current events (oc3)",))
+    def watched(self, jetson: Jetson, folder: Path, monkeypatch: pytest.MonkeyPatch, *trace: tuple[int, int]) -> Conditions:
+        """A window in which tegrastats says of each (GPU clock, temperature)."""
+        lines = [f"RAM 1/2MB GR3D_FREQ 98%@[{clock}] tj@{tj}C VDD_IN 9000mW/1mW VDD_SOC 1mW/1mW" for clock, tj in trace]
+        folder.mkdir()
+        (folder / "trace").write_text("\n".join(lines) + "\nRAM 1/2MB GR3D_F")  # and half a line
+        tool = folder / "tegrastats"
+        tool.write_text(f"#!/bin/sh\n/bin/cat {folder}/trace\n: > {folder}/said\nexec /bin/sleep 60\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        with Watch(jetson.root) as watch:
+            while not (folder / "said").exists():
+                watch.look()
+        return watch.conditions
 
-        assert BenchmarkReport.from_json(to_json(report)).verdict == report.verdict
+    def test_a_trace_that_tegrastats_replays_flips_the_verdict_of_a_benchmark(self, jetson, tmp_path, monkeypatch):
+        calm = self.watched(jetson, tmp_path / "calm", monkeypatch, (306, 50), (1020, 70), (1020, 82))
+        hot = self.watched(jetson, tmp_path / "hot", monkeypatch, (1020, 70), (1020, 82), (816, 88), (612, 92))
+
+        assert self.verdict(calm.throttled) == "valid"
+        assert "invalid: the board throttled in 10 of 10 processes: the GPU's clock fell from 1020 to 714 MHz" in self.verdict(
+            hot.throttled
+        )
+        assert hot.throttled[1] == "the board was at 92 degrees, and throttles above 85"
+
+    def test_mode_clocks_and_energy_are_recorded_and_told(self, jetson, tmp_path, monkeypatch):
+        jetson.write("var/lib/nvpmodel/status", "pmode:0002 fmode:quiet")
+        jetson.write("etc/nvpmodel.conf", "< POWER_MODEL ID=2 NAME=MAXN_SUPER >")
+
+        found = self.watched(jetson, tmp_path / "tool", monkeypatch, (1020, 60), (1005, 61))
+        report = timings.report({"a": [2_000_000] * 5}, energy_uj=9_000_000, power_mode=found.power_mode, gpu_mhz=found.gpu_mhz)
+
+        assert (found.power_mode, found.gpu_mhz, found.power_w) == ("MAXN_SUPER", (1020, 1005), pytest.approx(9.0, rel=1e-3))
+        assert report.board == {"power_modes": ["MAXN_SUPER"], "gpu_mhz": [1005, 1020]}
+        assert report.engine("a").energy_mj == pytest.approx(9.0 * 2)  # 9 W over a second, for 2 ms
+
+    def test_without_tegrastats_the_rails_of_sysfs_say_what_it_took(self, jetson, monkeypatch):
+        monkeypatch.setenv("PATH", "")
+        jetson.write("sys/class/hwmon/hwmon1/name", "ina3221")
+        for name, value in (("in1_label", "VDD_IN"), ("in1_input", 5000), ("curr1_input", 1200)):
+            jetson.write(f"sys/class/hwmon/hwmon1/{name}", value)
+        with Watch(jetson.root) as watch:
+            pass
+
+        assert watch.conditions.power_w == pytest.approx(6.0, rel=1e-3)
+
+    def test_a_tool_that_is_no_program_is_done_without(self, jetson, tmp_path):
+        (tmp_path / "tegrastats").write_text("")
+        with Recorder(jetson.root, str(tmp_path / "tegrastats")) as recorder:
+            pass
+
+        assert recorder.seen.throttled == ()
+
+    def test_what_was_seen_is_kept_with_the_raw_samples(self):
+        report = timings.report(
+            {"a": [1000] * 5}, throttled=("3 over-current events (oc3)",), gpu_mhz=(306, 1020), power_mode="15W"
+        )
+
+        assert BenchmarkReport.from_json(to_json(report)) == report

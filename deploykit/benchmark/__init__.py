@@ -164,6 +164,8 @@ def _conditions(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [conditions[key] for conditions in each]
         if isinstance(values[0], (list, tuple)):
             found[key] = [value for list_of_one in values for value in list_of_one]
+        elif key == "power_mode":
+            found[key] = values[0]  # of the board
         elif key in ("wall_ns", "suspended_ns", "throttled_ns", "energy_uj"):
             found[key] = None if None in values else max(values)  # of the whole machine or group, not of some cores
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from deploykit.machine import available_cores
-from deploykit.telemetry import board, throttling
+from deploykit.telemetry.recorder import Recorder
 
 _ROOT = Path("/")
 _FIXED_WORK = bytes(1 << 18)  # fits any second-level cache, so that the loop measures the clock and not the memory
@@ -37,7 +38,8 @@ class Conditions:
     not. others_ns: CPU time that others took on the same cores. stolen_ns: time the hypervisor took from these cores.
     throttled_ns: time a container's CPU quota stopped it. suspended_ns: time the machine slept. fixed_work_ns: the same
     piece of work on all cores at once, before, between and after. clock_khz: the cores' clocks, as often.
-    energy_uj: energy of the whole package over the window. throttled: why a board with a GPU throttled, by its own files.
+    energy_uj: energy over the window of all CPU packages, or of a Jetson's whole module. throttled: why a Jetson throttled, by
+    its own files and by tegrastats; power_mode: what nvpmodel set; gpu_mhz: its GPU's clocks under load.
     """
 
     cores: int
@@ -52,15 +54,24 @@ class Conditions:
     clock_khz: tuple[int, ...]
     energy_uj: int | None
     throttled: tuple[str, ...] = ()
+    power_mode: str | None = None
+    gpu_mhz: tuple[int, ...] = ()
+
+    @property
+    def power_w(self) -> float | None:
+        """Mean power over the window in watts."""
+        return None if self.energy_uj is None else 1e3 * self.energy_uj / self.wall_ns
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Conditions:
         """The inverse of `jsonable.to_json`. Raises KeyError, TypeError or ValueError for what is none."""
         lists = {key: tuple(map(int, value[key])) for key in ("fixed_work_ns", "clock_khz")}
-        throttled = tuple(map(str, value.get("throttled", ())))
-        rest = value.keys() - lists.keys() - {"throttled"}
+        facts: dict[str, Any] = {"throttled": tuple(map(str, value.get("throttled", ())))}
+        facts["gpu_mhz"] = tuple(map(int, value.get("gpu_mhz", ())))
+        facts["power_mode"] = None if value.get("power_mode") is None else str(value["power_mode"])
+        rest = value.keys() - lists.keys() - facts.keys()
         numbers: dict[str, Any] = {key: None if value[key] is None else int(value[key]) for key in rest}
-        found = cls(**{**numbers, **lists}, throttled=throttled)
+        found = cls(**{**numbers, **lists, **facts})
         if min(found.cores, found.wall_ns, *found.fixed_work_ns) < 1 or not found.fixed_work_ns:
             raise ValueError("these conditions were never measured")
         return found
@@ -77,13 +88,14 @@ class Watch:
     def __init__(self, root: Path = _ROOT) -> None:
         """`root` stands in for the file system's, so that a test can bring its own /proc and /sys."""
         self._root = root
+        self._recorder = Recorder(root, shutil.which("tegrastats"))
         self._cores = sorted(os.sched_getaffinity(0))
         self._work: list[int] = []
         self._clocks: list[int] = []
 
     def __enter__(self) -> Watch:
         self.look()
-        self._board = board.look(self._root)
+        self._recorder.__enter__()
         self._waited = _waited(self._root)
         self._start = _accounts(self._root, self._cores)
         return self
@@ -97,6 +109,10 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         spent = _spent(self._start, _accounts(self._root, self._cores))
         waited = _waited(self._root)
+        self._recorder.__exit__(kind, error, trace)
+        seen = self._recorder.seen
+        if seen.power_mw is not None:
+            spent["energy_uj"] = round(seen.power_mw * spent["wall_ns"] / 1e6)
         self.look()
         # Others' time is what these cores were busy beyond this process; jiffies are coarse, so it can come out below zero.
         busy = spent.pop("busy_ns")
@@ -109,7 +125,9 @@ class Watch:
             others_ns=others,
             fixed_work_ns=tuple(self._work),
             clock_khz=tuple(self._clocks),
-            throttled=tuple(throttling.between(self._board, board.look(self._root))),
+            throttled=seen.throttled,
+            power_mode=seen.power_mode,
+            gpu_mhz=seen.gpu_mhz,
             **spent,
         )
 

@@ -114,6 +114,19 @@ class Measured:
         return self.processes[0].images_per_query
 
     @property
+    def energy_mj(self) -> float | None:
+        """Energy of one image in millijoules: mean power over a process's window times its median latency, median over processes.
+
+        The window holds warm-up and offline queries too, so that this is of a device that is busy. None where power is unknown.
+        """
+        each = [
+            power * process.median_ns / 1e6 / process.images_per_query
+            for process in self.processes
+            if (power := process.conditions.power_w) is not None
+        ]
+        return statistics.median(each) if each else None
+
+    @property
     def per_second(self) -> dict[int, list[float]]:
         """Offline throughput of each process, by batch."""
         found: dict[int, list[float]] = {}
@@ -196,6 +209,16 @@ class BenchmarkReport:
     def verdict(self) -> str:
         """`valid`, or `invalid: ` and every reason."""
         return f"invalid: {'; '.join(self.doubts)}" if self.doubts else "valid"
+
+    @property
+    def board(self) -> dict[str, Any] | None:
+        """A Jetson's power modes, and the lowest and highest clock of its GPU in MHz under load; None for what is no Jetson."""
+        conditions = [process.conditions for process in self.counted]
+        modes = sorted({each.power_mode for each in conditions if each.power_mode is not None})
+        clocks = [clock for each in conditions for clock in each.gpu_mhz]
+        if not modes and not clocks:
+            return None
+        return {"power_modes": modes, "gpu_mhz": [min(clocks), max(clocks)] if clocks else None}
 
     @property
     def seed(self) -> int:

@@ -84,6 +84,14 @@ def _device(left: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _board(told: Mapping[str, Any] | None) -> list[str]:
+    """A Jetson's power mode and clocks."""
+    if not told:
+        return []
+    modes = f"power mode {', '.join(told['power_modes'])}" if told["power_modes"] else "power mode not known"
+    return [f"{modes}; the GPU under load at {told['gpu_mhz'][0]} to {told['gpu_mhz'][1]} MHz" if told["gpu_mhz"] else modes]
+
+
 def benchmark(result: Mapping[str, Any]) -> str:
     """Engines in numbers, what can be told about their differences, the gates, and whether the run may be believed."""
     if result.get("metric") == "instructions":
@@ -115,6 +123,9 @@ def benchmark(result: Mapping[str, Any]) -> str:
         "copied: with the copies to and from the device. images/s: offline. MiB: beyond the empty process."
     )
     parts += _served(result["engines"], scenario)
+    parts += _board(result.get("board"))
+    energies = [f"{engine['label']} {engine['energy_mj']:.3g} mJ" for engine in result["engines"] if engine.get("energy_mj")]
+    parts += [f"energy of an image, at the mean power of the run: {', '.join(energies)}"] * bool(energies)
     floor = 100 * result["noise_floor"]
     parts.append(f"{result['baseline']} against itself: up to {floor:.1f} % apart (95 %); less than that is no difference")
     for ratio in result["ratios"]:

@@ -9,7 +9,7 @@ This module runs on devices: standard library only, Python 3.10.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 _NUMBER = r"\d{1,9}(?:\.\d{1,6})?"
@@ -53,10 +53,8 @@ class Sample:
     @property
     def total_mw(self) -> int | None:
         """What the module takes; None where no known set of rails adds up to it."""
-        for rails in _TOTALS:
-            if all(rail in self.power_mw for rail in rails):
-                return sum(self.power_mw[rail] for rail in rails)
-        return None
+        found = total_mw(self.power_mw)
+        return None if found is None else int(found)
 
     @property
     def hottest_c(self) -> float | None:
@@ -86,6 +84,14 @@ def parse(line: str) -> Sample | None:
         power_mw={name: int(now) for name, now, *_ in _RAIL.findall(text) if name not in _NO_RAILS},
         engines_mhz={name: int(clock or 0) for name, _, clock in _ENGINE.findall(text)},
     )
+
+
+def total_mw(power_mw: Mapping[str, float]) -> float | None:
+    """What a module takes by its rails, whoever read them; None where no known set of them adds up to it."""
+    for rails in _TOTALS:
+        if all(rail in power_mw for rail in rails):
+            return sum(power_mw[rail] for rail in rails)
+    return None
 
 
 def samples(lines: Iterable[str]) -> Iterator[Sample]:

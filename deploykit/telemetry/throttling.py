@@ -6,6 +6,7 @@ This module runs on devices: standard library only, Python 3.10.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, repeat
 from statistics import median
 
 from deploykit.telemetry.board import State
@@ -16,17 +17,22 @@ _BUSY_PERCENT = 50  # an idle GPU lowers its clock, which is no throttling
 _SLOWER = 0.97  # one step of the clock table is 5 % and more
 
 
+def busy(samples: Sequence[Sample]) -> list[Sample]:
+    """Those in which the GPU worked, or where it is not said whether it did."""
+    return [sample for sample in samples if sample.gpu_percent is None or sample.gpu_percent >= _BUSY_PERCENT]
+
+
 def of_samples(samples: Sequence[Sample], locked_mhz: float | None = None) -> list[str]:
     """Why a run may not be believed; empty when nothing speaks against it.
 
-    `locked_mhz` is the clock that jetson_clocks pinned; without it the highest clock of the run stands in, so that a clock
-    that falls on the way is seen.
+    `locked_mhz` is the clock that jetson_clocks pinned; without it the highest clock so far stands in, so that a clock that falls
+    on the way is seen, and one that still rises is not.
     """
-    busy = [sample for sample in samples if sample.gpu_percent is None or sample.gpu_percent >= _BUSY_PERCENT]
-    clocks = [sample.gpu_mhz for sample in busy if sample.gpu_mhz]
+    clocks = [sample.gpu_mhz for sample in busy(samples) if sample.gpu_mhz]
     found = []
     most = locked_mhz or max(clocks, default=0)
-    slow = [clock for clock in clocks if clock < _SLOWER * most]
+    before = accumulate(clocks, max) if locked_mhz is None else repeat(locked_mhz)
+    slow = [clock for clock, highest in zip(clocks, before, strict=False) if clock < _SLOWER * highest]
     if slow:
         share = 100 * len(slow) / len(clocks)
         found.append(f"the GPU's clock fell from {most:.0f} to {median(slow):.0f} MHz in {share:.0f} % of the busy time")

@@ -277,6 +277,7 @@ def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Itera
     }
     return {
         "verdict": report.verdict,
+        "board": report.board,
         "warnings": list(report.doubts),
         "baseline": report.baseline,
         "noise_floor": report.noise_floor,
@@ -339,6 +340,7 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
         "peak_bytes": int(median(process.peak_bytes for process in ran)),
         "idle_bytes": int(median(process.idle_bytes for process in ran)),
         "bytes": engine.path.stat().st_size,
+        "energy_mj": found.energy_mj,
         "instances": [{"median_ns": ns, "per_second": per_second} for ns, per_second in found.instances],
         **_rate(report, found),
     }
