@@ -1,32 +1,40 @@
 """Every network that has a name here, exported by both of torch's exporters and compared with PyTorch, one process a network.
 
-usage: python benchmarks/zoo.py --images DIR [--work DIR] [--only NAME ...] [--threads 2] [--output benchmarks/results]
-       python benchmarks/zoo.py --docs docs/zoo.md [--work DIR]
+usage: python benchmarks/zoo.py --images DIR [--output benchmarks/results] [--only NAME ...] [--again] [--docs docs/zoo.md]
 
 Weights are random, and made so that answers vary over images: BatchNorm is calibrated on the images, heads that torchvision
 leaves at zero and layer scales of 1e-6 are not kept. A row fails where the logits' standard deviation over images is below a
-tenth of their spread over images and classes: what is constant proves nothing. Rows in the work folder are not made again.
+tenth of their spread over images and classes: what is constant proves nothing.
+
+Small networks first, the largest last. Every row is kept as soon as it is there, and not made again; --again makes those again
+that failed. Without --images nothing is run and --docs is written from the rows that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
-import os
+import multiprocessing
 import resource
-import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic
+from time import process_time
 from typing import Any
 
-from _results import write
+from _results import path_of, write
 
 LIMIT = 1e-4  # max|d| / max|y| of every output
 LEAST_VARIATION = 0.1
-IMAGES = {"classify": 8, "segment": 2, "detect": 2, "clips": 2}
+IMAGES = {"classify": 4, "segment": 2, "detect": 2, "clips": 2}
+# Networks of more parameters than that come last, with half the images.
+_LARGE_PARAMETERS = 250_000_000
+# Networks of more multiply-accumulates than that get smaller pictures, unless they are built for one size.
+_MOST_GMACS = 5.0
+_SIDES = {"classify": 128, "segment": 256, "detect": 320, "clips": 112}
+_OF_ONE_SIZE = ("vit_", "swin_", "maxvit_", "ssd")
 _GIB = 1 << 30
 _INTRODUCTION = """\
 Written by `benchmarks/zoo.py` from its results. {passed} of {rows} networks pass, {good} of torchvision's {classifiers}
@@ -47,50 +55,52 @@ four times the largest tensor of the forward pass for as many images as run at o
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.one is not None:
-        one(arguments.one, arguments.images, arguments.work)
-        return
+    path = path_of(arguments.name, arguments.output)
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     if arguments.images is not None:
-        _run(arguments)
-    rows = _rows(arguments.work)
-    write("zoo", {"limit": LIMIT, "images": IMAGES, "rows": rows}, arguments.output)
+        _run(arguments, rows)
     if arguments.docs is not None:
         arguments.docs.write_text(document(rows))
 
 
-def one(name: str, folder: Path, work: Path) -> None:
-    """Export one network and compare; its row is written to WORK/NAME.json. Runs in a process of its own."""
+def one(name: str, folder: Path, count: int | None, threads: int, into: Any) -> None:
+    """Export one network and compare; its row is sent `into` a connection. Runs in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
     row: dict[str, Any] = {"name": name, "seconds": {}}
     try:
-        _compare(name, folder, work / f"{name}.files", row)
+        with tempfile.TemporaryDirectory() as scratch:
+            _compare(name, folder, count, Path(scratch), row)
     except Exception as error:  # whatever it is belongs into the row
-        row["error"] = f"{type(error).__name__}: {error}"
-    finally:
-        shutil.rmtree(work / f"{name}.files", ignore_errors=True)
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
     row["passed"] = "error" not in row and row["variation"] >= LEAST_VARIATION
     row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (work / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    into.send(row)
 
 
-def _compare(name: str, folder: Path, scratch: Path, row: dict[str, Any]) -> None:
+def _compare(name: str, folder: Path, count: int | None, scratch: Path, row: dict[str, Any]) -> None:
     from deploykit import data, export, models
     from deploykit.export import memory
-    from deploykit.recipe import ExportTable, ModelTable
+    from deploykit.recipe import ExportTable
 
     entry = next(entry for entry in models.catalogue() if entry.name == name)
-    row |= {"task": entry.task, "parameters": entry.parameters}
+    row |= {"task": entry.task, "source": entry.source, "parameters": entry.parameters}
     memory.require(name, 4 * entry.parameters)
     with _timed(row, "load"):
-        model = models.load(ModelTable(name=name, weights="none"))
-        if entry.task == "classify":
-            _enliven(model.module)
-    pictures = data.calibration_subset(data.folder(folder, labelled=False), IMAGES[entry.task], seed=0)
+        model = _loaded(entry)
+    row["input"] = list(model.preprocess.shape)
+    count = count or (2 if entry.parameters > _LARGE_PARAMETERS else IMAGES[entry.task])
+    pictures = data.calibration_subset(data.folder(folder, labelled=False), count, seed=0)
     inputs = next(pictures.batches(model.preprocess, len(pictures)))
+    row["images"] = len(inputs)
     largest = memory.largest_tensor_bytes(model.module, inputs.shape)
     row["predicted_bytes"] = memory.need_bytes(memory.weight_bytes(model.module), largest)
     with _timed(row, "calibrate"):
+        if entry.task == "classify":
+            _enliven(model.module, inputs)
         _vary(model, inputs, row)
-    # Detectors have one exporter that writes them at all.
+    # Of detectors the one exporter writes the file, and what the other one says is asked for at the end.
     settings = ExportTable(cross_check=entry.task != "detect", tolerance=LIMIT)
     for kind, make in (("onnx", export.onnx_model), ("torchscript", export.torchscript_model)):
         target = scratch / kind
@@ -101,7 +111,61 @@ def _compare(name: str, folder: Path, scratch: Path, row: dict[str, Any]) -> Non
         row[f"{kind}_bytes"] = sum(path.stat().st_size for path in target.iterdir() if path.suffix != ".npz")
         if kind == "onnx":
             row |= {key: made.facts[key] for key in ("exporter", "exporter_why", "exporters", "nodes") if key in made.facts}
-        shutil.rmtree(target)
+            with _timed(row, "optimized"):
+                row["optimized"] = _optimized(model, made, target, settings)
+        for path in target.iterdir():
+            path.unlink()
+    if entry.task == "detect":
+        with _timed(row, "new"):
+            row["exporters"] = {"legacy": "passes", "new": _by_new(model, inputs)}
+
+
+def _loaded(entry: Any) -> Any:
+    """The network with random weights, and a large one with a smaller input than its own where it takes that."""
+    import torchvision.models
+
+    from deploykit import models
+    from deploykit.recipe import ModelTable, PreprocessTable
+
+    crop = None
+    if entry.gmacs > _MOST_GMACS and not entry.name.startswith(_OF_ONE_SIZE):
+        crop = min(entry.input_size[-1], _SIDES[entry.task])
+    elif entry.name.startswith("vit_"):  # the smallest that weights were published for
+        crop = min(each.transforms().crop_size[0] for each in torchvision.models.get_model_weights(entry.name))
+    return models.load(ModelTable(name=entry.name, weights="none"), PreprocessTable(crop=crop))
+
+
+def _optimized(model: Any, made: Any, folder: Path, settings: Any) -> float:
+    """max|d| / max|y| of ONNX Runtime with all of its optimizations on, as it is used, from PyTorch."""
+    from deploykit import export, scenes
+    from deploykit.artifact import SAMPLES, Samples
+    from deploykit.export.boxes import checked_boxes
+    from deploykit.export.reference import checked_error
+    from deploykit.runtimes import answers, onnxruntime, pieces, run
+
+    golden = Samples.load(folder / SAMPLES)
+    session = onnxruntime.optimized(made.path, threads=1)
+    try:
+        if model.task == "detect":
+            found = [run(session, {export.INPUT: picture[None]}) for picture in golden.inputs[export.INPUT]]
+            return checked_boxes("optimized ONNX", found, scenes.unstacked(golden.reference), settings.tolerance)
+        reference = golden.reference[model.outputs[0]]
+        return checked_error("optimized ONNX", answers(session, made, pieces(made, golden)), reference, settings.tolerance)
+    finally:
+        session.close()
+
+
+def _by_new(model: Any, inputs: Any) -> str:
+    """What torch's new exporter makes of a detector: that it writes a file, or its error."""
+    from deploykit.errors import StageError
+    from deploykit.export.exporters import exported
+    from deploykit.recipe import ExportTable
+
+    try:
+        exported(model, inputs, ExportTable(batch=1), "new", outputs=model.outputs)
+    except StageError as error:
+        return str(error.why)
+    return "writes a file, which is not compared"
 
 
 def _vary(model: Any, inputs: Any, row: dict[str, Any]) -> None:
@@ -123,29 +187,43 @@ def _vary(model: Any, inputs: Any, row: dict[str, Any]) -> None:
         row["variation"] = _variation(export.torch_logits(model, inputs))
 
 
-def _enliven(module: Any) -> None:
-    """Weights under which answers depend on the picture, where torchvision's initial ones do not.
+def _enliven(module: Any, inputs: Any) -> None:
+    """Weights under which answers depend on the picture, where torchvision's initial ones do not; changes `module`.
 
-    Networks without normalisation get He's initialisation and no bias, for the biases of PyTorch's defaults are all that is left
-    behind a few layers. Heads of zeros (ViT) and layer scales of 1e-6 (ConvNeXt) get values of a trained network's size.
+    Networks without normalisation get layers whose outputs have no mean and one deviation over the inputs, which is what
+    calibrated BatchNorm does for the others: behind a few layers of PyTorch's defaults nothing is left but biases. Heads of
+    zeros (ViT) and layer scales of 1e-6 (ConvNeXt) get values of a trained network's size.
     """
     import torch
     from torch import nn
 
     torch.manual_seed(0)
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    is_normalised = any("Norm" in type(layer).__name__ for layer in module.modules())
     with torch.no_grad():
         for layer in layers:
-            if not is_normalised:
-                nn.init.kaiming_normal_(layer.weight)
-            if not is_normalised and layer.bias is not None:
-                layer.bias.zero_()
             if not layer.weight.any():
                 nn.init.xavier_normal_(layer.weight)
         for name, parameter in module.named_parameters():
             if name.endswith("layer_scale"):
                 parameter.fill_(0.5)
+        if any("Norm" in type(layer).__name__ for layer in module.modules()):
+            return
+        hooks = [layer.register_forward_hook(_normalise) for layer in layers]
+        module(torch.from_numpy(inputs))
+        for hook in hooks:
+            hook.remove()
+
+
+def _normalise(layer: Any, _inputs: object, output: Any) -> Any:
+    """Make the layer's outputs (N, C, ...) have no mean, channel by channel, and a standard deviation of one; a forward hook."""
+    others = [axis for axis in range(output.ndim) if axis != 1]
+    mean = output.mean(dim=others)
+    deviation = (output - mean.reshape(1, -1, *[1] * (output.ndim - 2))).std()
+    layer.weight.div_(deviation)
+    if layer.bias is None:
+        return output / deviation
+    layer.bias.sub_(mean).div_(deviation)
+    return (output - mean.reshape(1, -1, *[1] * (output.ndim - 2))) / deviation
 
 
 def _variation(logits: Any) -> float:
@@ -168,62 +246,79 @@ def _centred(module: Any, logits: Any) -> bool:
 
 
 class _timed:  # noqa: N801
-    """Seconds of a block, in the row."""
+    """Seconds of CPU that a block took, in the row: they say more than the clock does where others work too."""
 
     def __init__(self, row: dict[str, Any], what: str) -> None:
         self.seconds, self.what = row["seconds"], what
 
     def __enter__(self) -> None:
-        self.start = monotonic()
+        self.start = process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self.what] = round(monotonic() - self.start, 2)
+        self.seconds[self.what] = round(process_time() - self.start, 2)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    """Each network that has no row yet, the small ones first; every one in a fresh process."""
+def _run(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Each network that has no row yet, the small ones first; every one in a process of its own."""
     from deploykit import models
 
-    # Classifiers before the others, the small before the large.
-    order = {entry.name: (entry.task != "classify", entry.parameters) for entry in models.catalogue()}
+    order = {
+        entry.name: (entry.parameters > _LARGE_PARAMETERS, entry.task != "classify", entry.parameters)
+        for entry in models.catalogue()
+    }
     names = arguments.only or sorted(order, key=lambda name: order[name])
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    _warm_up()
     for index, name in enumerate(names, 1):
-        path = arguments.work / f"{name}.json"
-        if not path.is_file():
-            _start(name, arguments)
-        row = json.loads(path.read_text())
-        verdict = "passes" if row["passed"] else "FAILS"
-        seconds = sum(row["seconds"].values())
-        error = (
-            f"onnx {row['onnx']:.1e} by the {row['exporter']} exporter, torchscript {row['torchscript']:.1e}"
-            if "onnx" in row and "torchscript" in row
-            else row.get("error", "")
-        )
-        print(
-            f"[{index}/{len(names)}] {name} {verdict}: {error}; {seconds:.0f} s, {row['peak_bytes'] / _GIB:.1f} GiB", flush=True
-        )
+        kept = next((row for row in rows if row["name"] == name), None)
+        if kept is None or (arguments.again and not kept["passed"]):
+            rows[:] = [row for row in rows if row["name"] != name]
+            rows.append(_in_a_process(name, arguments))
+            write(arguments.name, {"limit": LIMIT, "rows": rows}, arguments.output)
+            print(f"[{index}/{len(names)}] {_told(rows[-1])}", flush=True)
 
 
-def _start(name: str, arguments: argparse.Namespace) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    command = [sys.executable, __file__, "--one", name, "--images", str(arguments.images), "--work", str(arguments.work)]
-    path = arguments.work / f"{name}.json"
-    start = monotonic()
+def _told(row: dict[str, Any]) -> str:
+    seconds, gib = sum(row["seconds"].values()), row["peak_bytes"] / _GIB
+    verdict = "passes" if row["passed"] else "FAILS"
+    errors = ", ".join(f"{key} {row[key]:.1e}" for key in ("onnx", "optimized", "torchscript", "variation") if key in row)
+    return f"{row['name']} {verdict}: {row.get('error', errors)}; {seconds:.0f} s, {gib:.1f} GiB"
+
+
+def _warm_up() -> None:
+    """Load what every network's process needs, once: they are forked from this one, which starts no threads."""
+    import onnxruntime  # noqa: F401
+    import torch
+    from onnxscript import optimizer  # noqa: F401
+
+    from deploykit import data, export  # noqa: F401
+
+    # The new exporter reads its own source for every export again, which is seconds.
+    registration = importlib.import_module("torch.onnx._internal.exporter._registration")
+    registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(registration.ONNXRegistry.from_torchlib))
+    torch.set_num_threads(1)
+    tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU())
+    torch.onnx.export(tiny.eval(), (torch.zeros(1, 3, 4, 4),), dynamo=True, opset_version=19, verbose=False)
+
+
+def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The row of a network, made in a fork of this process."""
+    fork = multiprocessing.get_context("fork")
+    mine, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=one, args=(name, arguments.images, arguments.count, arguments.threads, theirs))
+    child.start()
+    theirs.close()
     try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=arguments.limit_s
-        )
-        why = f"its process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-    except subprocess.TimeoutExpired:
-        why = f"it was not done after {arguments.limit_s} s"
-    if not path.is_file():
-        row = {"name": name, "passed": False, "error": why, "peak_bytes": 0, "seconds": {"all": round(monotonic() - start, 1)}}
-        path.write_text(json.dumps(row, indent=1) + "\n")
-
-
-def _rows(work: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
+        if mine.poll(arguments.limit_s):
+            row: dict[str, Any] = mine.recv()
+            return row
+        why = f"it was not done after {arguments.limit_s:g} s"
+    except EOFError:
+        child.join()
+        why = f"its process ended with {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+    return {"name": name, "passed": False, "error": why, "peak_bytes": 0, "seconds": {}}
 
 
 def document(rows: list[dict[str, Any]]) -> str:
@@ -278,13 +373,14 @@ def _line(row: dict[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a folder of pictures")
-    parser.add_argument("--work", type=Path, default=Path("runs/zoo"), help="where the rows are kept, one file a network")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the rows are kept")
+    parser.add_argument("--count", type=int, help="how many pictures, instead of a few by the task")
+    parser.add_argument("--name", default="zoo", help="what the file with the rows is called")
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="make rows again that failed")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=3600, help="the longest that one network may take")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the document about all rows")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

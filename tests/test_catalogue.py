@@ -15,7 +15,17 @@ from deploykit.recipe import ModelTable
 
 COUNTED = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_1", "densenet121", "googlenet", "inception_v3"),
-    *("efficientnet_b0", "shufflenet_v2_x1_0", "resnext50_32x4d", "mnasnet1_0", "vgg16", "alexnet", "convnext_tiny", "vit_b_16"),
+    *(
+        "efficientnet_b0",
+        "shufflenet_v2_x1_0",
+        "resnext50_32x4d",
+        "mnasnet1_0",
+        "vgg16",
+        "alexnet",
+        "convnext_tiny",
+        "vit_b_16",
+        "vit_h_14",
+    ),
 )
 
 
@@ -31,6 +41,14 @@ def test_torchvisions_parameters_and_multiplications_are_those_that_are_counted(
     assert entry.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert entry.gmacs == pytest.approx(counter.get_total_flops() / 2e9, rel=0.01, abs=0.001)
     assert entry.gmacs == library.get_model_weights(name).DEFAULT.meta["_ops"]
+
+
+@pytest.mark.parametrize(("asked", "side"), [(None, 518), (224, 224)])
+def test_a_vision_transformer_is_built_for_the_input_that_it_gets(asked, side):
+    with torch.device("meta"):
+        network = torchvision.architecture(ModelTable(name="vit_h_14", weights="none"), asked).build(None).eval()
+
+    assert network(torch.zeros(1, 3, side, side, device="meta")).shape == (1, 1000)
 
 
 class TestTheCommand:

@@ -86,7 +86,11 @@ def _find(root: Path) -> tuple[list[Path], list[str]]:
 
 def _objection(path: Path, root: Path) -> str:
     """Why a directory entry with a picture's name is not a file of this folder; empty when it is."""
-    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+    try:
+        leaves = path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # before Python 3.13 a RuntimeError
+        return "it is a link that leads to itself"
+    if leaves:
         return "it is a link that leaves the folder"
     if not path.is_file():
         return "it is not a regular file"  # a pipe would wait for a writer forever

@@ -180,7 +180,7 @@ def _architecture(model: ModelTable, preprocess: PreprocessTable) -> Architectur
     if model.name in classics.CLASSICS:
         return classics.architecture(model, preprocess)
     if model.name in torchvision.names():
-        return torchvision.architecture(model)
+        return torchvision.architecture(model, preprocess.crop)
     if model.name in torchvision_dense.names():
         arguments.check(arguments.none, model.args or {}, name=model.name)
         return torchvision_dense.architecture(model, preprocess)

@@ -33,15 +33,18 @@ def names() -> list[str]:
     return sorted(models.list_models(module=models))
 
 
-def architecture(model: ModelTable) -> Architecture:
+def architecture(model: ModelTable, side: int | None = None) -> Architecture:
     """The classifier `model.name`, which is one of `names()`.
 
     The preprocessing is that of the default weights, also when others are used: it is what the network was made for.
+    A vision transformer is built for one input: `side` pixels, or else that of the default weights.
     GoogLeNet takes `model.args`, see `googlenet.options`; the others are what their name says and take none.
     """
     published = models.get_model_weights(model.name).DEFAULT
     changes = _changes(model)
     options, notes = _options(model, published)
+    if model.name.startswith("vit_"):
+        options["image_size"] = side or preprocess(published).crop
     options |= changes
 
     def build(classes: int | None) -> nn.Module:

@@ -35,7 +35,7 @@ def checkpoint(name: str, told: str, content: Callable[[Path], bytes], *, suffix
         path.write_bytes(content(marker))
         return path
 
-    return Attack(f"checkpoint-{name}", told, make, is_graph=False)
+    return Attack(f"checkpoint-{name}", told, make, door="checkpoint")
 
 
 # Pickles by hand: what Python's own pickler would not write.
@@ -402,8 +402,8 @@ def _kinds() -> Iterator[Attack]:
         (folder / "endless.pth").symlink_to("/dev/zero")
         return folder / "endless.pth"
 
-    yield Attack("checkpoint-kind-pipe", "it is not a file", pipe, is_graph=False)
-    yield Attack("checkpoint-kind-device", "it is not a file", endless, is_graph=False)
+    yield Attack("checkpoint-kind-pipe", "it is not a file", pipe, door="checkpoint")
+    yield Attack("checkpoint-kind-device", "it is not a file", endless, door="checkpoint")
 
 
 def _safetensors() -> Iterator[Attack]:

@@ -9,23 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Door = Literal["checkpoint", "graph", "picture", "classes", "recipe"]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """`make` gets a folder to write into and the marker that the attack tries to touch, and gives the file to be opened."""
+    """`make` gets a folder to write into and the marker that the attack tries to touch, and gives what is to be opened."""
 
     name: str
     told: str
     make: Callable[[Path, Path], Path]
-    is_graph: bool
+    door: Door
 
 
 def everything() -> Iterator[Attack]:
-    from attacks import checkpoints, graphs
+    from attacks import checkpoints, graphs, names, pictures, recipes
 
     yield from checkpoints.attacks()
     yield from graphs.attacks()
+    yield from pictures.attacks()
+    yield from recipes.attacks()
+    yield from names.attacks()
 
 
 if __name__ == "__main__":

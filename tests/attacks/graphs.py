@@ -29,7 +29,7 @@ def graph(name: str, told: str, content: Callable[[], bytes]) -> Attack:
         path.write_bytes(content())
         return path
 
-    return Attack(f"graph-{name}", told, make, is_graph=True)
+    return Attack(f"graph-{name}", told, make, door="graph")
 
 
 def model(nodes: Sequence[onnx.NodeProto] = (), constants: Sequence[onnx.TensorProto] = (), **more: Any) -> onnx.ModelProto:
@@ -63,7 +63,7 @@ def _external() -> Iterator[Attack]:
             (inner / "model.onnx").write_bytes(made.SerializeToString())
             return inner / "model.onnx"
 
-        return Attack(f"graph-external-{name}", told, make, is_graph=True)
+        return Attack(f"graph-external-{name}", told, make, door="graph")
 
     def linked(folder: Path) -> None:
         (folder / "link.bin").symlink_to(folder.parent.parent / SECRET)

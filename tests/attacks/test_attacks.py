@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from conftest import Outcome
 
-from attacks.generate import Attack, everything
-from deploykit import foreign
-from deploykit.errors import DeploykitError
+from attacks.generate import Attack, Door, everything
+from deploykit import data, foreign, recipe
+from deploykit.artifact import Preprocess
+from deploykit.errors import DeploykitError, printable
 from deploykit.models.checkpoint import load_state_dict
 
 ATTACKS = list(everything())
+SMALL = Preprocess(8, (8, 8), (0.5,) * 3, (0.5,) * 3)
+DOORS: Mapping[Door, Callable[[Path], object]] = {
+    "checkpoint": load_state_dict,
+    "graph": foreign.onnx_file,
+    "picture": lambda path: data.folder(path, labelled=False).checked(SMALL),
+    "classes": lambda path: data.folder(path, classes=("ant", "bee"), labelled=True),
+    "recipe": recipe.load,
+}
 # Each ends within the start-up of a process, which is a second or two, and 5 s: CPU time, which a busy machine does not change.
 LONGEST_S = 7
 # By real command lines: some of every class.
@@ -29,6 +38,13 @@ COMMANDS = {
     "graph-bomb-Range": ("parity", "FILE", "resnet18"),
     "graph-external-hard-link": ("bisect", "theirs.onnx", "FILE"),
     "graph-operator-loop-for-ever": ("inspect", "FILE"),
+    "picture-bomb-png-20000": ("export", "lenet5_rgb", "--to", "onnx", "--weights", "none", "--calibrate", "FILE"),
+    "picture-pipe": ("export", "lenet5_rgb", "--to", "onnx", "--weights", "none", "--calibrate", "FILE"),
+    "recipe-nested": ("run", "FILE"),
+    "recipe-yaml-tag": ("run", "FILE"),
+    "checkpoint-called-shell-dollar": ("export", "resnet18", "--to", "onnx", "--weights", "FILE"),
+    "graph-called-not-utf8": ("inspect", "FILE"),
+    "graph-called-line-break": ("parity", "FILE", "resnet18"),
     "graph-function-times-50-to-the-8th": ("inspect", "--rules", "tensorrt", "FILE"),
 }
 
@@ -67,8 +83,8 @@ def _named(name: str) -> Attack:
     return found
 
 
-def test_there_are_at_least_250_attacks_and_no_two_of_one_name():
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 250
+def test_there_are_at_least_350_attacks_and_no_two_of_one_name():
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 350
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -79,11 +95,12 @@ def test_an_attack_is_refused_for_what_it_is(attack: Attack, place: Path) -> Non
     start = _cpu_s()
 
     with pytest.raises(DeploykitError) as refused:
-        foreign.onnx_file(path) if attack.is_graph else load_state_dict(path)
+        DOORS[attack.door](path)
 
     assert _cpu_s() - start < LONGEST_S
     assert re.search(attack.told, str(refused.value)), refused.value
-    assert str(path) in str(refused.value)
+    assert printable(path) in str(refused.value)
+    assert all(letter.isprintable() for line in str(refused.value).splitlines() for letter in line)
     assert not marker.exists()
     assert sorted(place.rglob("*")) == before
 
