@@ -122,7 +122,7 @@ def _told(name: str, unit: str, samples: dict[str, list[dict[str, float]]]) -> s
 
 
 def _median(samples: Sequence[dict[str, Any]], unit: str) -> float:
-    return statistics.median(sample[unit] for sample in samples)
+    return float(statistics.median(sample[unit] for sample in samples))
 
 
 if __name__ == "__main__":
