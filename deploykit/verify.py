@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from deploykit import export, parity, runtimes, scenes, viewing
 from deploykit.artifact import Artifact, Format, Precision
-from deploykit.build import Engine
+from deploykit.build import Engine, realised_gate
 from deploykit.data import Images
 from deploykit.gate import GateResult, Rule, Verdict, judge, judge_parts, smallest_visible_drop, worst
 from deploykit.jsonable import to_json
@@ -81,7 +81,7 @@ def verify(
         if case.artifact.precision is Precision.INT8:
             int8_answers.append(answers)
             gates += [_labelled(case, judge(rule, comparison.counts)) for rule in rules]
-    gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
+    gates += [realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
     shown = pictures.chosen(images, reference, int8_answers, name)
     return _verified(model, images, found, gates, _doubts(images, decides=_decides(reference)), shown)
 
@@ -112,7 +112,7 @@ def _verify_scenes(
         if case.artifact.precision is Precision.INT8:
             parts, pairs = viewing.plural(decided.unit), viewing.counts(decided)
             gates += [_labelled(case, judge_parts(rule, parts, pairs)) for rule in rules]
-    gates += [_realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
+    gates += [realised_gate(engine) for engine in engines if engine.realised and engine.model.precision is Precision.INT8]
     return _verified(model, images, found, gates, _doubts(images, decides=decides, is_scene=True), [])
 
 
@@ -245,34 +245,6 @@ def _conversion_gate(case: Case, found: Conversion) -> GateResult:
     reason = f"{apart} on {found.images} golden samples"
     meaning = "PyTorch" if case.artifact.format is Format.TORCHSCRIPT else "its own graph"
     return GateResult(f"{case.label}: answers like {meaning} ({found.rule})", found.verdict, errors.relative, None, reason)
-
-
-def _realised_gate(engine: Engine) -> GateResult:
-    """Asked for INT8: every layer runs in it, but those that the recipe keeps in float, by name or by the SQNR it asks for."""
-    assert engine.realised is not None
-    facts = cast(Mapping[str, Any], engine.model.facts)
-    kept, whys = facts["kept_float"], facts["float_layers"]
-    quantized = [layer.name for layer in engine.realised.layers if layer.precision == "int8" and layer.name in kept]
-    floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
-    reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
-    for why, names in _by_reason({name: whys[name] for name in kept}).items():
-        reason += f"; kept in float, {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
-    if floats:
-        named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])
-        reason += f"; in float: {named}{', ...' * (len(floats) > 5)}; quantize.float_layers accepts that by name"
-    if quantized:
-        reason += f"; in int8 although they were to stay in float: {', '.join(quantized)}"
-    verdict = Verdict.FAIL if floats or quantized else Verdict.PASS
-    return GateResult(f"{engine.label}: every layer meant for int8 runs in it", verdict, engine.realised.int8, None, reason)
-
-
-def _by_reason(whys: Mapping[str, str]) -> dict[str, list[str]]:
-    """The layers of each reason; what a search measured at a single layer stands beside that layer's name."""
-    found: dict[str, list[str]] = {}
-    for name, why in whys.items():
-        reason, colon, measured = why.partition(": ")
-        found.setdefault(reason, []).append(f"{name} ({measured})" if colon else name)
-    return found
 
 
 def _labelled(case: Case, found: GateResult) -> GateResult:

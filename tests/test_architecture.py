@@ -19,7 +19,7 @@ FLOORS = (
     {"errors", "publish", "jsonable", "progress", "gate", "machine", "artifact", "recipe", "scenes", "intake", "telemetry"},
     {"models", "data", "runtimes", "targets", "slots", "remote"},
     {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign", "bundle", "infer"},
-    {"report", "inspect", "viewing"},
+    {"report", "inspect", "viewing", "bundled"},
     {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast"},
     set(),
     {"pipeline", "agent"},

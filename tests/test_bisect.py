@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import networks
 import numpy as np
@@ -718,6 +719,19 @@ class TestTheCommand:
         assert found["culprit"]["node"] == SECOND
         assert (found["images"], found["passes"]) == (3, 2)
         assert "another shape" in text.as_text(found)
+
+    def test_tells_ci_the_layer_and_what_is_different_about_it(self, deploykit, artifacts, planted, tmp_path):
+        broken = planted(artifacts[1].path, weights(SECOND, lambda values: -values))
+
+        deploykit("bisect", artifacts[0].path, broken, "--junit", tmp_path / "bisect.xml")
+
+        layers, prepared = ElementTree.parse(tmp_path / "bisect.xml").iter("testcase")
+        (failure,) = layers
+        assert layers.attrib["name"] == "every layer of B computes what that of A does"
+        assert failure.attrib["message"].startswith(
+            f"{SECOND} (Conv of module body.1.second.0) is the first beyond it; the weights"
+        )
+        assert [child.tag for child in prepared] == ["system-out"]
 
     def test_says_key_by_key_when_the_inputs_are_prepared_otherwise(self, deploykit, artifacts):
         done = deploykit("bisect", artifacts[0].folder, artifacts[1].folder)

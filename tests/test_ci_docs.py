@@ -188,5 +188,5 @@ class TestThePage:
     def test_lists_every_command_that_writes_junit(self):
         writing = [name for name, command in cli.cli.commands.items() if "junit" in {option.name for option in command.params}]
 
-        assert sorted(writing) == ["benchmark", "export", "parity", "run"]
-        assert "`run`, `export`, `benchmark` and `parity` have\nboth" in PAGE
+        assert sorted(writing) == ["benchmark", "bisect", "export", "parity", "run"]
+        assert "`run`, `export`, `benchmark`, `parity` and `bisect`\nhave both" in PAGE

@@ -27,6 +27,7 @@ from deploykit.recipe import ExportTable, ModelTable
 
 few = settings(deadline=None, max_examples=50)
 SIZE = 8
+NO_BUNDLES = Path("not there")
 PREPROCESS = ("--preprocess", "crop=32", "--preprocess", "mean=[0.5, 0.5, 0.5]", "--preprocess", "std=[0.25, 0.25, 0.25]")
 
 
@@ -233,7 +234,7 @@ class TestSides:
         folder = shutil.copytree(run_folder / "build-onnxruntime-int8", tmp_path / "build")
         beside = shutil.copy(theirs, folder / "theirs.onnx")
 
-        (side, _) = sides.open_sides((str(beside), theirs), Said())
+        (side, _) = sides.open_sides((str(beside), theirs), Said(), NO_BUNDLES)
 
         assert (side.is_ours, side.model.path) == (False, beside)
 
@@ -266,7 +267,7 @@ class TestSides:
 
     @pytest.mark.parametrize("name", ["export-onnx", "build-onnxruntime-int8"])
     def test_is_opened_with_as_many_threads_as_it_is_told(self, run_folder, name):
-        side, _ = sides.open_sides((str(run_folder / name),) * 2, Said())
+        side, _ = sides.open_sides((str(run_folder / name),) * 2, Said(), NO_BUNDLES)
 
         assert [side.open(count)._session.get_session_options().intra_op_num_threads for count in (1, 3)] == [1, 3]
 
@@ -578,14 +579,14 @@ class TestStress:
             def close(self):
                 pass
 
-        side, _ = sides.open_sides((theirs, theirs), Said())
+        side, _ = sides.open_sides((theirs, theirs), Said(), NO_BUNDLES)
         pairs = pairing.pair(side, side, cast=False)
         noise = [foreign.noise(pairs.specs[0], 4)]
 
         assert stress._mistyped(side, Misreading(), pairs, noise).verdict is Verdict.FAIL
 
     def test_fails_a_side_whose_answers_change_from_run_to_run(self, theirs):
-        side, _ = sides.open_sides((theirs, theirs), Said())
+        side, _ = sides.open_sides((theirs, theirs), Said(), NO_BUNDLES)
         pairs = pairing.pair(side, side, cast=False)
         opened = side.open(1)
 

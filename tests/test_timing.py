@@ -168,7 +168,7 @@ class TestEngines:
         assert engine.facts["model"] == f"sha256 {digest_file(path)}"
 
     def test_a_file_beside_an_engine_is_not_the_engine(self, refused, fp32):
-        assert f"- {fp32}/session.json is neither an engine nor a run" in refused(fp32 / "session.json")
+        assert f"- {fp32}/session.json is neither an engine, nor a bundle, nor a run" in refused(fp32 / "session.json")
 
     def test_an_engine_that_was_changed_is_refused_and_not_taken_for_a_strangers_file(self, refused, fp32, tmp_path):
         copy = shutil.copytree(fp32, tmp_path / "copy")
@@ -181,7 +181,7 @@ class TestEngines:
         found = read_artifact(copy)
         write_manifest(copy, replace(found, facts={**found.facts, "runtime": "torchscript"}))
 
-        assert "copy is neither an engine nor a run" in refused(copy)
+        assert "copy is neither an engine, nor a bundle, nor a run" in refused(copy)
 
     def test_a_size_is_refused_where_nothing_leaves_it_open(self, refused, fp32):
         assert "--size 32 says nothing" in refused(fp32, "--size", 32)
@@ -203,8 +203,8 @@ class TestEngines:
 
         message = refused(tmp_path / "empty", fp32, tmp_path / "nowhere")
 
-        assert f"- {tmp_path}/empty is neither an engine nor a run that has one" in message
-        assert f"- {tmp_path}/nowhere is neither an engine nor a run that has one" in message
+        assert f"- {tmp_path}/empty is neither an engine, nor a bundle, nor a run that has one" in message
+        assert f"- {tmp_path}/nowhere is neither an engine, nor a bundle, nor a run that has one" in message
         assert str(fp32) not in message
         assert model.is_dir()
 

@@ -14,12 +14,12 @@ import pytest
 
 from deploykit import build, data, parity, runtimes
 from deploykit.artifact import Artifact, Precision, Samples
-from deploykit.build import Engine
+from deploykit.build import Engine, realised_gate
 from deploykit.data import Images
 from deploykit.gate import Verdict, parse_rule
 from deploykit.recipe import shipped
 from deploykit.runtimes import SLOW, onnxruntime
-from deploykit.verify import _blame, _realised_gate, graph_answers, judge_graph
+from deploykit.verify import _blame, graph_answers, judge_graph
 
 
 def samples(expected: np.ndarray, reference: np.ndarray) -> Samples:
@@ -50,7 +50,7 @@ class TestThePrecisionGate:
         return Engine.of("onnxruntime", model, build.build(model, "onnxruntime", networks.made(tmp_path / "engine")))
 
     def test_a_layer_that_nobody_chose_to_keep_in_float_fails_it_by_name_and_reason(self, tmp_path):
-        found = _realised_gate(self.engine(tmp_path))
+        found = realised_gate(self.engine(tmp_path))
 
         assert found.verdict is Verdict.FAIL
         assert "1 of 2 layers run in int8; in float: head (the int8 kernels know no alpha" in found.reason
@@ -58,7 +58,7 @@ class TestThePrecisionGate:
 
     @pytest.mark.parametrize("pattern", ["head", "h*"])
     def test_a_layer_that_the_recipe_keeps_in_float_does_not(self, tmp_path, pattern):
-        found = _realised_gate(self.engine(tmp_path, pattern))
+        found = realised_gate(self.engine(tmp_path, pattern))
 
         assert found.verdict is Verdict.PASS
         assert found.reason == "1 of 2 layers run in int8; kept in float, as the recipe asks: head"
@@ -76,14 +76,14 @@ class TestThePrecisionGate:
         assert engine.realised is not None
 
         assert {layer.name: layer.precision for layer in engine.realised.layers}["middle"] == "fp32"
-        assert _realised_gate(engine).verdict is Verdict.PASS
+        assert realised_gate(engine).verdict is Verdict.PASS
 
     def test_a_layer_to_be_kept_in_float_that_runs_in_int8_fails_it(self, tmp_path):
         engine = self.engine(tmp_path, "head")
         assert engine.realised is not None
         layers = tuple(replace(layer, precision="int8") for layer in engine.realised.layers)
 
-        found = _realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
+        found = realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
 
         assert found.verdict is Verdict.FAIL
         assert found.reason.endswith("in int8 although they were to stay in float: head")
@@ -93,7 +93,7 @@ class TestThePrecisionGate:
         assert engine.realised is not None
         layers = tuple(replace(layer, precision="fp32", why="not fused") for layer in engine.realised.layers)
 
-        found = _realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
+        found = realised_gate(replace(engine, realised=replace(engine.realised, layers=layers)))
 
         assert (found.verdict, "conv (not fused)" in found.reason) == (Verdict.FAIL, True)
 
@@ -103,7 +103,7 @@ class TestThePrecisionGate:
         whys |= {name: f"too sensitive: {name} dB" for name in ("one", "two")}
         facts = {**engine.model.facts, "kept_float": list(whys), "float_layers": whys}
 
-        found = _realised_gate(replace(engine, model=replace(engine.model, facts=facts)))
+        found = realised_gate(replace(engine, model=replace(engine.model, facts=facts)))
 
         assert found.verdict is Verdict.PASS
         assert found.reason.split("; ")[1:] == [

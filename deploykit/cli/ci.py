@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from deploykit.report.summary import Summary
 
 
-def for_ci(kind: Literal["run", "benchmark", "parity"]) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., int]]:
+Kind = Literal["run", "benchmark", "parity", "bisect"]
+
+
+def for_ci(kind: Kind) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., int]]:
     """Options of a command that has gates. The command gives its result, which is told here: printed, and as what CI reads."""
 
     def decorate(command: Callable[..., Mapping[str, Any]]) -> Callable[..., int]:
@@ -38,14 +41,22 @@ def for_ci(kind: Literal["run", "benchmark", "parity"]) -> Callable[[Callable[..
             if as_json:
                 click.echo(json.dumps(found))
             else:
-                from deploykit.report import text
-
-                click.echo({"run": text.run, "benchmark": text.benchmark, "parity": text.parity}[kind](found), nl=False)
+                click.echo(_text_of(kind, found), nl=False)
             return int(found["exit_code"])
 
         return told
 
     return decorate
+
+
+def _text_of(kind: Kind, found: Mapping[str, Any]) -> str:
+    if kind == "bisect":
+        from deploykit.bisect.text import as_text
+
+        return as_text(found)
+    from deploykit.report import text
+
+    return {"run": text.run, "benchmark": text.benchmark, "parity": text.parity}[kind](found)
 
 
 def make_room(junit: Path | None, markdown: Path | None) -> None:
@@ -81,13 +92,15 @@ def _why_not_replaceable(path: Path) -> str:
     return "" if not start or start.startswith(openings) else "a file is there that deploykit has not written"
 
 
-def summary_of(kind: Literal["run", "benchmark", "parity"], found: Mapping[str, Any], seconds: float) -> Summary:
+def summary_of(kind: Kind, found: Mapping[str, Any], seconds: float) -> Summary:
     """What CI reads, of the result of one kind of command."""
     from deploykit.report import summary
 
     if kind == "run":
         return summary.of_run(found)
-    return (summary.of_benchmark if kind == "benchmark" else summary.of_parity)(found, seconds=seconds)
+    return {"benchmark": summary.of_benchmark, "parity": summary.of_parity, "bisect": summary.of_bisect}[kind](
+        found, seconds=seconds
+    )
 
 
 def tell(found: Summary, junit_file: Path | None, markdown_file: Path | None) -> None:

@@ -99,9 +99,9 @@ def benchmark_command(
 ) -> Mapping[str, Any]:
     """Measure engines in fresh processes, and compare.
 
-    ENGINES are folders of engines, runs with all their engines, or ONNX files of anybody, which are built for ONNX Runtime
-    first. The first is the baseline, unless there is a --baseline file. A run that something disturbed is invalid, and a gate
-    then cannot tell.
+    ENGINES are folders of engines, runs with all their engines, bundles, or ONNX files of anybody, which are built for ONNX
+    Runtime first; of several graphs in a bundle, BUNDLE:onnxruntime-int8 names one. The first is the baseline, unless there is a
+    --baseline file. A run that something disturbed is invalid, and a gate then cannot tell.
     """
     table: dict[str, Any] = {key.partition("__")[2]: value for key, value in values.items() if value is not None}
     if offline_batches:
@@ -266,9 +266,11 @@ def parity_command(
 ) -> Mapping[str, Any]:
     """Prove that two things answer alike, or one graph on other CPUs.
 
-    A and B are each an artifact's folder or file (ONNX, TorchScript, engine), anybody's ONNX or TorchScript file, or a PyTorch
-    network by name or FILE.py:factory. Both are fed the images of --data, else golden samples, else generated inputs. Exit code
-    3 when B's answers are further from A's than the precision of both explains, or when anything is not a number.
+    A and B are each an artifact's folder or file (ONNX, TorchScript, engine), a bundle, anybody's ONNX or TorchScript file, or a
+    PyTorch network by name or FILE.py:factory. Both are fed the images of --data, else golden samples, else generated inputs.
+    Exit code 3 when B's answers are further from A's than the precision of both explains, when anything is not a number, when
+    one was made from another network than the other, when layers that were meant for int8 do not run in it, or when classes are
+    in another order.
 
     With --isa, PATH is a run, or the artifact of its quantization. Its graph runs on ONNX Runtime here and in an emulator
     (qemu-user), on its golden samples and on the images of --data. Exit code 3 when an image is decided otherwise, or when
@@ -294,20 +296,18 @@ def parity_command(
 @click.option("--data", "images", type=click.Path(path_type=Path), metavar="DIR", help="Images to compare on.")
 @click.option("--images", "count", type=click.IntRange(1), default=32, help="At most so many of them.  [default: 32]")
 @click.option("--weights", metavar="default|none|FILE", help="A is a PyTorch network, with these weights.")
-@json_option
-def bisect_command(a: str, b: Path, images: Path | None, count: int, weights: str | None, as_json: bool) -> int:
+@for_ci("bisect")
+def bisect_command(a: str, b: Path, images: Path | None, count: int, weights: str | None) -> Mapping[str, Any]:
     """Find the first layer of B that is wrong.
 
     A is right: an ONNX file, an artifact, or with --weights a network by name or FILE.py:factory. B is an ONNX file or artifact
     of the same network, in float or INT8. Each layer of B runs alone on A's activations; exit code 3 when one is off by more
     than its precision explains. Without --data, A's golden samples are compared, or else noise.
     """
-    from deploykit.bisect import command, text
+    from deploykit.bisect import command
 
     with progress_bars() as progress:
-        found = command.compare(a, b, images=images, count=count, weights=weights, progress=progress)
-    click.echo(json.dumps(found) if as_json else text.as_text(found), nl=as_json)
-    return int(found["exit_code"])
+        return command.compare(a, b, images=images, count=count, weights=weights, progress=progress)
 
 
 def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit import data, foreign, parity, scenes
-from deploykit.artifact import Precision, Preprocess
-from deploykit.crosscheck import measures, nonfinite, stress, views
+from deploykit.artifact import Format, Precision, Preprocess
+from deploykit.crosscheck import kin, measures, nonfinite, stress, views
 from deploykit.crosscheck.pairing import Pairs, answers, pair
 from deploykit.crosscheck.sides import LABELS, Said, Side, asked_size, given_preprocess, open_sides
 from deploykit.data import Images
@@ -92,21 +93,22 @@ def compare_two(
     """Compare what `a` and `b` name on the pictures in the folder `images`, else on golden samples or generated inputs.
 
     With `labelled` the folder's sub-folders are the classes. Judged are that all answers are numbers, that they are within the
-    limit of the two precisions (`measures.limit_for`) or `tolerance`, `rules` of decisions, and with `stressed` the inputs that
-    break engines (`stress.kinds`). Plain JSON values.
+    limit of the two precisions (`measures.limit_for`) or `tolerance`, that they belong together (`kin`), `rules` of decisions,
+    and with `stressed` the inputs that break engines (`stress.kinds`). Plain JSON values.
 
     Raises UsageError before anything runs: for what does not answer, for inputs that do not match, for rules that have nothing
     to be judged on, for pictures without a preprocessing.
     """
     start = perf_counter()
-    asked = _question((a, b), said, tolerance, is_of_pictures=images is not None)
-    kind = views.kind_of(asked.sides)
-    if kind is not None:
-        views.refuse_meaningless(kind, labelled=labelled, stressed=stressed)
-    found = _found_images(images, labelled, asked)
-    _check_rules(rules, found, asked.sides, kind)
-    fed = _fed(found, asked)
     with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="deploykit-")))
+        asked = _question((a, b), said, tolerance, scratch, is_of_pictures=images is not None)
+        kind = views.kind_of(asked.sides)
+        if kind is not None:
+            views.refuse_meaningless(kind, labelled=labelled, stressed=stressed)
+        found = _found_images(images, labelled, asked)
+        _check_rules(rules, found, asked.sides, kind)
+        fed = _fed(found, asked)
         first, second = (stack.enter_context(closing(side.open(0))) for side in asked.sides)
         opened = perf_counter()
         if kind is None:
@@ -114,9 +116,13 @@ def compare_two(
             judged = _judged(asked, answered, fed, rules)
         else:
             answered, judged = _viewed(asked, (first, second), fed, rules, kind, progress)
+        # How far answers may be apart was said by somebody who may well compare two networks.
+        related = kind is None and tolerance is None and not answered.not_finite
+        origin = kin.origin(asked.sides, (first, second), asked.pairs) if related else []
+        precision, notes = kin.precision(asked.sides)
         answered.seconds.update(start=opened - start, compared=perf_counter() - opened)
         rows = stress.run(asked.sides, (first, second), asked.pairs, asked.limit, asked.how, progress) if stressed else []
-    gates = [*judged.gates, *(stress.as_gate(row) for row in rows if not row.is_own_check)]
+    gates = [*origin, *judged.gates, *precision, *(stress.as_gate(row) for row in rows if not row.is_own_check)]
     return {
         "sides": [_side(side) for side in asked.sides],
         "fed": {"origin": fed.origin, "images": len(fed.names), "labelled": labelled},
@@ -127,13 +133,13 @@ def compare_two(
         "gates": [to_json(gate) for gate in gates],
         "seconds": answered.seconds,
         "machine": to_json(Machine.probe()),
-        "notes": _notes(fed, judged.decisions is not None),
+        "notes": [*_notes(fed, judged.decisions is not None), *notes, *_next(asked, judged)],
         "exit_code": EXIT_CODES[worst(gate.verdict for gate in gates)],
     }
 
 
-def _question(names: tuple[str, str], said: Said, tolerance: float | None, *, is_of_pictures: bool) -> Question:
-    sides = open_sides(names, said, is_of_pictures=is_of_pictures)
+def _question(names: tuple[str, str], said: Said, tolerance: float | None, scratch: Path, *, is_of_pictures: bool) -> Question:
+    sides = open_sides(names, said, scratch, is_of_pictures=is_of_pictures)
     pairs = pair(*sides, cast=said.cast, size=asked_size(said))
     limit = measures.limit_for(
         sides[0].precision, sides[1].precision, tolerance=tolerance, quantization_db=_quantization_db(sides)
@@ -148,7 +154,9 @@ def _preprocess(sides: Sequence[Side], said: Said, *, is_needed: bool) -> Prepro
     """
     own = [side.preprocess for side in sides if side.preprocess is not None]
     if len(own) == 2 and own[0] != own[1]:
-        told = [f"{side.label}: {side.preprocess}" for side in sides]
+        keys = [item.name for item in fields(Preprocess)]
+        apart = [(key, *(getattr(one, key) for one in own)) for key in keys]
+        told = [f"{key}: {mine} in A, {theirs} in B" for key, mine, theirs in apart if mine != theirs]
         raise UsageError("the two sides prepare pictures differently, so they would not see the same", problems=told)
     if not own:
         return given_preprocess(said) if is_needed else None
@@ -309,6 +317,9 @@ def _judged(asked: Question, answered: Answered, fed: Fed, rules: Sequence[Rule]
     ]
     decided, counts = _decisions(answered, fed, asked.sides)
     gates = [_finite_gate(answered), *(_limit_gate(output, asked.limit) for output in outputs)]
+    # Classes of generated inputs mean nothing, and all of them may be the same one.
+    if decided is not None and fed.origin != _GENERATED and (order := kin.classes(asked.sides, answered.a[0], answered.b[0])):
+        gates.append(order)
     if rules and counts is None:
         raise UsageError(
             "there is nothing to judge these rules on", why="the sides have no one floating-point output of (images, classes)"
@@ -365,6 +376,14 @@ def _side(side: Side) -> dict[str, Any]:
         "outputs": [to_json(replace(spec, name=printable(spec.name))) for spec in side.outputs],
         "sha256": None if side.model is None else side.model.sha256,
     }
+
+
+def _next(asked: Question, judged: Judged) -> list[str]:
+    """What names the layer, where two graphs are too far apart."""
+    graphs = [side for side in asked.sides if side.model is not None and side.model.format is Format.ONNX]
+    if len(graphs) < len(asked.sides) or all(output["holds"] for output in judged.outputs):
+        return []
+    return [f"deploykit bisect {' '.join(printable(side.name) for side in graphs)} names the layer"]
 
 
 def _notes(fed: Fed, has_decisions: bool) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deploykit import foreign, models, recipe, runtimes
+from deploykit import bundled, foreign, models, recipe, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, artifact_of, read_artifact
 from deploykit.errors import UsageError, printable
 from deploykit.export.boxes import torch_answer
@@ -52,8 +52,8 @@ class Said:
 class Side:
     """One of the two. `inputs` are as it takes them, in its own `layout`.
 
-    `model` is None for a PyTorch network; `preprocess` and `classes` are of what is ours, and None and empty elsewhere. `open`
-    gives a session that uses so many threads.
+    `model` is None for a PyTorch network; `preprocess` and `classes` are of what is ours, and None and empty elsewhere. `graph`
+    is what an engine was built from, where it was built here. `open` gives a session that uses so many threads.
     """
 
     label: str
@@ -68,6 +68,7 @@ class Side:
     open: Callable[[int], Session]
     model: Artifact | None = None
     module: nn.Module | None = None
+    graph: Artifact | None = None
     is_ours: bool = False
 
     @property
@@ -84,15 +85,18 @@ class Side:
         return replace(spec, shape=(batch, channels, height, width))
 
 
-def open_sides(names: tuple[str, str], said: Said, *, is_of_pictures: bool = False) -> tuple[Side, Side]:
+def open_sides(names: tuple[str, str], said: Said, scratch: Path, *, is_of_pictures: bool = False) -> tuple[Side, Side]:
     """What the two words name. A TorchScript file that does not say what it takes, takes what the other side does.
 
-    `is_of_pictures` says whether they are to be fed pictures.
+    `is_of_pictures` says whether they are to be fed pictures. A bundle's engine is built in the folder `scratch`, which has to
+    outlive the sides.
 
     Raises UsageError for what cannot be compared, ModelError for a network that cannot be built.
     """
     scripts = [_is_script(name) for name in names]
-    sides = [None if script else _side(name, label, said) for name, label, script in zip(names, LABELS, scripts, strict=True)]
+    sides = [
+        None if script else _side(name, label, said, scratch) for name, label, script in zip(names, LABELS, scripts, strict=True)
+    ]
     known = next((side for side in sides if side is not None), None)
     first, second = (side or _script(name, label, said, known) for side, name, label in zip(sides, names, LABELS, strict=True))
     _refuse_unused(first, second, said, is_of_pictures=is_of_pictures, says_size=known is None)
@@ -138,8 +142,14 @@ def _refuse_unused(first: Side, second: Side, said: Said, *, is_of_pictures: boo
         raise UsageError("these say nothing about what is compared", problems=problems)
 
 
-def _side(name: str, label: str, said: Said) -> Side:
+def _side(name: str, label: str, said: Said, scratch: Path) -> Side:
     path = Path(name)
+    packed = bundled.named(name)
+    if packed is not None:
+        place = scratch / label
+        place.mkdir()
+        graph, engine = bundled.engine(*packed, place)
+        return replace(_ours(engine, name, label, said), kind=f"{_kind(engine, False)}, of a bundle", graph=graph)
     if not path.exists():
         return _network(name, label, said)
     found = read_artifact(path) if (path / MANIFEST).is_file() else artifact_of(path)
@@ -149,7 +159,7 @@ def _side(name: str, label: str, said: Said) -> Side:
         raise UsageError(f"{label}: {printable(name)} is a folder with no manifest", why=_inside(path), fix="name what is in it")
     if path.suffix == ".onnx":
         return _onnx(path, label, said)
-    why = "known are folders of ours, .onnx files, TorchScript (.pt, .ts), networks by name and FILE.py:factory"
+    why = "known are folders of ours, bundles, .onnx files, TorchScript (.pt, .ts), networks by name and FILE.py:factory"
     raise UsageError(f"{label}: {printable(name)} is nothing that answers", why=why)
 
 

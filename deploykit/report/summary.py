@@ -1,4 +1,4 @@
-"""What a page of continuous integration shows: one shape for the results of `run`, `benchmark` and `parity`, and for an error."""
+"""What a page of continuous integration shows: one shape for the results of all commands with gates, and for an error."""
 
 from __future__ import annotations
 
@@ -156,6 +156,30 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
         notes=tuple(found["notes"]),
         facts={**{side["label"]: f"{side['name']}, {side['kind']}" for side in found["sides"]}, **_machine(found["machine"])},
     )
+
+
+def of_bisect(found: Result, *, seconds: float) -> Summary:
+    """What `bisect.command.compare` found in so many seconds: a gate for the layers, and one for how inputs are prepared."""
+    culprit, images = found["culprit"], units.plural(found["images"], "image")
+    status, reason, details = Status.PASS, f"no layer diverges beyond what its precision explains, on {images}", tuple[str, ...]()
+    if culprit is not None:
+        module = f" of module {culprit['module']}" if culprit["module"] else ""
+        reason = "; ".join([f"{culprit['node']} ({culprit['op']}{module}) is the first beyond it", *found["hints"]])
+        status, details = (
+            Status.FAIL,
+            tuple(f"{layer['node']}: {layer['excess_db']:+.1f} dB beyond" for layer in found["suspects"]),
+        )
+    elif found["failure"]:
+        status, reason = Status.FAIL, f"B does not run: {found['failure'].splitlines()[0]}"
+    differences = found["preprocessing"]
+    prepared = Gate(
+        "pictures are prepared alike",
+        Status.FAIL if differences else Status.PASS,
+        "; ".join(differences) or "as far as both say",
+        seconds=seconds / 2,
+    )
+    layers = Gate("every layer of B computes what that of A does", status, reason, details, seconds=seconds / 2)
+    return Summary("bisect", (layers, prepared), seconds, facts={"A": found["a"], "B": found["b"]})
 
 
 def of_error(error: Exception, command: str) -> Summary:

@@ -9,7 +9,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from deploykit import build, foreign, runtimes
+from deploykit import build, bundled, foreign, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Precision, artifact_of, read_artifact, write_manifest
 from deploykit.benchmark import benchmark, cores_of_instances, trtexec
 from deploykit.benchmark.judge import (
@@ -121,10 +121,11 @@ def _measured(
 
 
 def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None) -> dict[str, Artifact]:
-    """The engines at `paths` by label: an engine's folder or main file, a run with all its engines, or an ONNX file.
+    """The engines at `paths` by label: an engine's folder or main file, a run with all its engines, a bundle, or an ONNX file.
 
-    An ONNX file that is no artifact's is built in the folder `scratch`, and its label is its name. Raises UsageError with
-    everything that is no engine, for an ONNX file that cannot be read or needs a `size`, and for a `size` that none needs.
+    A bundle and an ONNX file that is no artifact's are built in the folder `scratch`, and their label is their name. Raises
+    UsageError with everything that is no engine, for an ONNX file that cannot be read or needs a `size`, and for a `size` that
+    none needs.
     """
     found: list[tuple[Path, str, Artifact]] = []
     problems = []
@@ -135,10 +136,15 @@ def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None)
         if path in strangers:
             found.append((path, printable(path.name), _built(strangers[path], scratch / str(len(found)), size)))
             continue
+        if (packed := bundled.named(str(path))) is not None:
+            place = scratch / str(len(found))
+            place.mkdir(parents=True)
+            found.append((path, printable(path.name), bundled.engine(*packed, place)[1]))
+            continue
         artifacts = [artifact for artifact in map(read_artifact, _artifacts_in(path)) if runtimes.is_engine(artifact)]
         found += [(path, f"{artifact.facts['runtime']} {artifact.precision.value}", artifact) for artifact in artifacts]
         if not artifacts:
-            problems.append(f"{printable(path)} is neither an engine nor a run that has one")
+            problems.append(f"{printable(path)} is neither an engine, nor a bundle, nor a run that has one")
     if problems:
         raise UsageError("nothing to measure", problems=problems, fix="deploykit export MODEL --to onnxruntime builds an engine")
     labels = [label for _, label, _ in found]
