@@ -4,6 +4,8 @@ python benchmarks/predictor.py rows PUBLISHED.csv   choose the rows by the rule,
 python benchmarks/predictor.py [--output DIR]       cross-validate on them, print every row, keep everything raw
 python benchmarks/predictor.py store                fit on all of them and write deploykit/targets/constants.json
 python benchmarks/predictor.py operations           our operation counts beside torchvision's, all of its classifiers
+python benchmarks/predictor.py others PUBLISHED.csv  the stored constants on published rows that are not in the list, all tiers
+python benchmarks/predictor.py transfer             calibrate each device on a few of its networks, predict its others
 python benchmarks/predictor.py time                 how long a prediction takes, by name and by file
 """
 
@@ -12,12 +14,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -348,6 +351,77 @@ def operations_command(most_gmacs: float) -> None:
             click.echo(f"{name:28} {found:9.3f} {wanted:9.3f} {errors[name]:6.2f} %")
     worst = max(errors, key=lambda name: abs(errors[name]))
     click.echo(f"{len(errors)} networks of {len(counted)}; farthest off: {worst}, {errors[worst]:.2f} %")
+
+
+@main.command("others")
+@click.argument("published", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of raw results.")
+def others_command(published: Path, output: Path | None) -> None:
+    """Rows that the list leaves out: tier C, other batches, whatever harness; nothing was fitted on them, nothing left out."""
+    listed = {(row.target, row.network, row.size, row.precision, row.batch, row.latency_ms) for row in stored_rows()}
+    rows = []
+    with published.open() as file:
+        for line in csv.DictReader(file):
+            # To the rule, a row of tier C or of another batch looks like one of tier B and batch 1.
+            found = admitted({**line, "tier": min(line["tier"], "B"), "batch": "1"}) if line["batch"] else None
+            if found is None:
+                continue
+            factor = int(line["batch"]) if line["metric"] == "throughput" else 1
+            row = replace(found, tier=line["tier"], batch=int(line["batch"]), latency_ms=found.latency_ms * factor)
+            if (row.target, row.network, row.size, row.precision, row.batch, row.latency_ms) in listed:
+                continue
+            board = targets.find(row.target)
+            if board.rate(row.precision) <= 0:
+                click.echo(f"{row.target} has no {row.precision}: {row.network}")
+                continue
+            rows.append((row, latency.predict(network(row.network, row.size), board, row.precision, batch=row.batch)))
+    told: list[dict[str, Any]] = []
+    for row, predicted in rows:
+        ms, (low, high) = predicted.latency_ns / 1e6, predicted.interval_ns
+        is_covered = low <= 1e6 * row.latency_ms <= high
+        told.append({"row": to_json(row), "predicted_ms": ms, "covered": is_covered, "outside": list(predicted.outside)})
+        click.echo(
+            f"{row.target:16} {row.network:18} {row.size:5} {row.precision} {row.batch:4} {row.tier} {row.latency_ms:9.3f} ms, "
+            f"predicted {ms:9.3f} {percent(math.log(ms / row.latency_ms)):6.1f} % {'' if is_covered else 'OUTSIDE'} "
+            f"{'; '.join(predicted.outside)}"
+        )
+    for name, some in (("all", told), ("that the data cover", [each for each in told if not each["outside"]])):
+        errors = [percent(math.log(each["predicted_ms"] / each["row"]["latency_ms"])) for each in some]
+        covered = 100 * statistics.mean(each["covered"] for each in some)
+        click.echo(
+            f"{name}: {len(some)} rows   median {statistics.median(errors):.1f} %   p90 {np.percentile(errors, 90):.1f} %"
+            f"   covered {covered:.0f} %"
+        )
+    _results.write("predictor_others", {"rows": told}, output)
+
+
+@main.command("transfer")
+def transfer_command() -> None:
+    """Each device with four networks and more: its own rows of some of them, drawn eight times, for the others."""
+    stored, rows = latency.Fit.stored(), stored_rows()
+    found: dict[int, list[tuple[float, bool]]] = {}
+    for device in sorted({row.target for row in rows}):
+        mine = [row for row in rows if row.target == device and not row.by_framework]
+        names = sorted({row.network for row in mine})
+        if len(names) < 4:
+            continue
+        constants, _ = fit.fitted([row.row for row in rows if row.target != device], stored.gpu_start)
+        constants = replace(constants, log_spread=stored.gpu.log_spread)
+        draws = [(0, set[str](), constants)]
+        for count in (1, 2, 3, 5):
+            for seed in range(8 if len(names) > count + 1 else 0):
+                drawn = set(random.Random(seed).sample(names, count))
+                draws.append((count, drawn, fit.calibrated([row.row for row in mine if row.network in drawn], constants)))
+        for count, drawn, used in draws:
+            for one in (row.row for row in mine if row.network not in drawn):
+                error = math.log(latency.total_ns(one.network, one.target, one.precision, one.batch, used) / one.latency_ns)
+                found.setdefault(count, []).append((error, abs(error) <= used.log_spread))
+    for count, each in sorted(found.items()):
+        errors = [percent(error) for error, _ in each]
+        click.echo(
+            f"{count} networks measured: {len(each):4} predictions   median {statistics.median(errors):5.1f} %"
+            f"   p90 {np.percentile(errors, 90):5.1f} %   covered {100 * statistics.mean(ok for _, ok in each):3.0f} %"
+        )
 
 
 @main.command("time")

@@ -255,12 +255,20 @@ class TestLatency:
 
         assert [time.arithmetic for time in latency.predict(mixed, ORIN, "int8").layers] == ["int8", "fp16"]
 
+    def test_on_a_cpu_what_has_no_integer_kernel_stays_float(self):
+        swish = node("Mul", "a s", "b"), node("Sigmoid", "a", "s")
+        made = layers.of_model(graph(CONV, swish[1], swish[0], node("Relu", "b", "c"), shapes={"w": [8, 16, 3, 3]}), name="g")
+        on_gpu, on_cpu = (latency.arithmetics(made, targets.find(name), "int8") for name in ("orin-nano", "x86-vnni"))
+
+        assert set(on_gpu) == {"int8"}
+        assert on_cpu == ["int8", "fp32"]
+
     @pytest.mark.parametrize(
         ("network", "board", "batch", "told"),
         [
             (simple(10**13), "t4", 1, "GMACs"),
             (simple(), "thor", 1, "compute capability 11.0"),
-            (simple(), "raspberry-pi-5", 1, "no CPU was measured"),
+            (simple(), "raspberry-pi-5", 1, "CPUs were measured on one machine alone"),
             (simple(), "t4", 4096, "batches"),
             (simple(kind="product"), "t4", 1, "attention"),
             (replace(simple(), unknown=("GridSample",)), "t4", 1, "GridSample"),

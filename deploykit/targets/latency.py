@@ -37,6 +37,11 @@ _CACHE_BYTES_PER_CLOCK = 32.0  # of each SM or core; between 20 (Turing) and 47 
 _PADDED = {"int8": 16, "fp16": 8, "tf32": 4, "fp32": 1}
 _EDGE = 4  # channels that a first layer is padded to, whatever the precision
 _STRANGE_SHARE = 0.05
+# ONNX Runtime's integer kernels that our Q/DQ graphs use, beside convolutions and matrix products.
+_INT8_ON_A_CPU = frozenset(
+    {"Add", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Relu", "Clip"}
+    | {"Resize", "Transpose", "Split", "Slice", "Gather"}
+)
 _PARTS: tuple[Literal["floor", "compute", "memory"], ...] = ("floor", "compute", "memory")
 
 
@@ -228,10 +233,10 @@ def outside(network: Network, target: Target, precision: str, batch: int, fit: F
     """Why the measurements do not cover a case; empty when they do."""
     domain, found = fit.domain, []
     if not is_calibrated and target.kind == "cpu":
-        found.append("no CPU was measured; calibrate with measurements of yours")
+        found.append("CPUs were measured on one machine alone; calibrate with measurements of yours")
     elif not is_calibrated and target.compute_capability not in domain.compute_capabilities:
         found.append(f"no GPU of compute capability {target.compute_capability} was measured")
-    if not is_calibrated and precision not in domain.precisions:
+    if not is_calibrated and target.kind == "gpu" and precision not in domain.precisions:
         found.append(f"nothing was measured in {precision.upper()}")
     gmacs = network.macs / 1e9
     if not domain.least_gmacs / 2 <= gmacs <= domain.most_gmacs * 2:
@@ -248,10 +253,20 @@ def outside(network: Network, target: Target, precision: str, batch: int, fit: F
 
 
 def arithmetics(network: Network, target: Target, precision: Arithmetic) -> list[Arithmetic]:
-    """What each kernel computes in: in an INT8 graph with Q/DQ, a product that is not quantized stays float."""
+    """What each kernel computes in: in an INT8 graph with Q/DQ, a product that is not quantized stays float.
+
+    On a CPU so does what has no integer kernel, such as swish and norms, wherever it stands.
+    """
     stays: Arithmetic = "fp16" if target.kind == "gpu" and target.rate("fp16") > 0 else "fp32"
     is_mixed = precision == "int8" and network.has_qdq
-    return [stays if is_mixed and layer.macs and not layer.is_int8 else precision for layer in network.layers]
+    is_cpu = precision == "int8" and target.kind == "cpu"
+    return [
+        stays
+        if (is_mixed and layer.macs and not layer.is_int8)
+        or (is_cpu and not layer.macs and not _INT8_ON_A_CPU.issuperset(layer.operators))
+        else precision
+        for layer in network.layers
+    ]
 
 
 @dataclass(frozen=True)
@@ -337,7 +352,9 @@ class Kernels:
         rate = np.where(is_depthwise, self.plain * constants.depthwise, dense)
         pad = np.where(is_depthwise, 1.0, self.pad)
         padded = _padding(self.depth, np.where(self.depth < pad, _EDGE, pad)) * _padding(self.columns, pad)
-        tile = 2 * _TILE * np.clip(self.columns, 1, _TILE) * self.depth
+        # Tiles that large are those of tensor cores; plain FP32 has smaller ones.
+        is_tiled = self.arithmetic != PRECISIONS.index("fp32")
+        tile = is_tiled * 2 * _TILE * np.clip(self.columns, 1, _TILE) * self.depth
         return np.asarray(1e9 * (2 * self.macs * self.batch * padded / rate + constants.drain * tile * self.units / rate))
 
     def _memory(self, constants: Constants) -> NDArray[np.float64]:
