@@ -266,7 +266,10 @@ def layout(at: Material) -> Iterator[tuple[str, bool, bool, str]]:
         model = at.model(name)
         node = [node for node in _faults.layers(model) if node.op_type == "Conv"][at.random.integers(8)]
         _faults.weights_of(model, node, lambda weights: weights.transpose(0, 1, 3, 2))
-        yield str(node.name), *bisected(at.run / EXPORT, at.stranger(model), at.images, str(node.name))
+        yield (
+            str(node.name),
+            *bisected(at.run / EXPORT, at.stranger(model), at.images, "height and width of its kernels are swapped"),
+        )
     model = at.model(EXPORT)
     source = model.graph.input[0]
     for other in model.graph.node:

@@ -63,11 +63,12 @@ def realised_gate(engine: Engine) -> GateResult:
     if engine.realised is None:
         raise ValueError(f"{engine.label} was not built")
     facts = cast(Mapping[str, Any], engine.model.facts)
-    kept, whys = facts["kept_float"], facts["float_layers"]
+    whys = facts.get("float_layers") or {}
+    kept = facts.get("kept_float", whys)
     quantized = [layer.name for layer in engine.realised.layers if layer.precision == "int8" and layer.name in kept]
     floats = [layer for layer in engine.realised.layers if layer.precision != "int8" and layer.name not in kept]
     reason = f"{engine.realised.int8} of {len(engine.realised.layers)} layers run in int8"
-    for why, names in _by_reason({name: whys[name] for name in kept}).items():
+    for why, names in _by_reason({name: whys.get(name, "") for name in kept}).items():
         reason += f"; kept in float, {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
     if floats:
         named = ", ".join(f"{layer.name} ({layer.why})" for layer in floats[:5])

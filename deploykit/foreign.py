@@ -51,6 +51,12 @@ def torchscript_file(path: Path, inputs: Sequence[TensorSpec]) -> Artifact:
     return _artifact(path, Format.TORCHSCRIPT, Precision.FP32, tuple(inputs), (TensorSpec("output", "float32", ("batch",)),))
 
 
+def opset(path: Path) -> int | None:
+    """The version of ONNX's own operators that a file says it was written in; None where it names none."""
+    model = onnx.load(path, load_external_data=False)
+    return next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), None)
+
+
 def is_open(spec: TensorSpec) -> bool:
     """Whether a dimension other than the first, the batch, is dynamic."""
     return any(not isinstance(size, int) for size in spec.shape[1:])

@@ -247,6 +247,12 @@ class TestAFaultIsFound:
         assert {layer.failure for layer in found.layers if layer.node != SECOND} == {""}
         assert found.proof.cured
 
+    def test_when_its_kernels_are_transposed_as_a_converter_may_leave_them(self, form, planted, kind):
+        found = self.found(form, planted, kind, weights(SECOND, lambda values: values.transpose(0, 1, 3, 2)))
+
+        assert found.culprit.node == SECOND
+        assert found.hints[0] == "height and width of its kernels are swapped"
+
     def test_when_the_first_layer_reads_bgr(self, form, planted, kind):
         found = self.found(form, planted, kind, weights("body.0.0/Conv", lambda values: values[:, ::-1]))
 

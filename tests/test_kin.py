@@ -12,6 +12,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import numpy_helper
 from test_bundle import tiny_run
@@ -20,7 +21,7 @@ from deploykit import artifact, build, bundled, parity, timing
 from deploykit.artifact import Artifact, read_artifact
 from deploykit.bundle import pack
 from deploykit.crosscheck import Said, compare_two, kin
-from deploykit.errors import UsageError
+from deploykit.errors import DeploykitError, UsageError
 from deploykit.gate import Verdict
 
 ORIGIN, INT8_GATE, CLASSES = "B was", "B: every layer meant for int8", "B's classes are"
@@ -142,6 +143,29 @@ class TestAnEngine:
 
         assert not [gate for gate in found["gates"] if gate["rule"].startswith(INT8_GATE)]
         assert "which layers of B were meant for int8 is not known: its graph is not beside it" in found["notes"]
+
+
+class TestAnOpset:
+    @staticmethod
+    def softmax(path: Path, number: int, operator: str = "Softmax") -> str:
+        body = f"y = {operator}(image) z = GlobalAveragePool(y) logits = Flatten(z)"
+        text = f'<ir_version: 7, opset_import: ["" : {number}]> g (float[n, 3, 8, 8] image) => (float[n, 3] logits) {{ {body} }}'
+        onnx.save(onnx.parser.parse_model(text), path)
+        return str(path)
+
+    def test_in_which_an_operator_means_something_else_is_named_where_answers_are_apart(self, tmp_path):
+        sides = [self.softmax(tmp_path / f"{number}.onnx", number) for number in (12, 13)]
+
+        found = gate(gates(*map(Path, sides)), "logits")
+
+        assert found["verdict"] == "fail"
+        assert found["reason"].endswith("A is of opset 12 and B of opset 13, in which the same operator may mean something else")
+
+    def test_that_does_not_know_an_operator_is_named_beside_what_the_runtime_says(self, tmp_path):
+        path = self.softmax(tmp_path / "old.onnx", 11, "HardSwish")
+
+        with pytest.raises(DeploykitError, match=r"(?s)HardSwish.*the file says that it is of opset 11"):
+            compare_two(path, path, Said())
 
 
 class TestClasses:

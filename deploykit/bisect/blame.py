@@ -21,6 +21,7 @@ _INPUTS = {1: "weights", 2: "bias"}
 _CLIPPED, _FINER = 0.8, 8.0
 _SAME = 0.025  # of the weights' size: more than INT8 moves them, less than what shows
 _COLOURS = 3
+_TURNED = 4.0  # times nearer: INT8 moves weights by some hundredths of their size, another order by more than that size
 
 
 def hints(a: Graph, b: Graph, tensor: str, anchors: Collection[str], seen: Mapping[str, Seen]) -> tuple[str, ...]:
@@ -28,6 +29,7 @@ def hints(a: Graph, b: Graph, tensor: str, anchors: Collection[str], seen: Mappi
     return (
         *_operators(a, b, tensor, anchors),
         *_attributes(a.node_of(tensor), b.node_of(tensor)),
+        *_undone(b, tensor, anchors),
         *_constants(a, b, tensor),
         *_scales(b, tensor, anchors, seen),
     )
@@ -84,6 +86,9 @@ def _weights(node: onnx.NodeProto, other: onnx.NodeProto, wanted: NDArray[Any], 
         swapped = ": RGB and BGR were swapped" * (order == (2, 1, 0))
         yield f"its input channels are in the order {', '.join(map(str, order))}{swapped}"
         return
+    if node.op_type == "Conv" and wanted.ndim == 4 and _are_turned(wanted, found):
+        yield "height and width of its kernels are swapped"
+        return
     rows, theirs = noise.as_rows(node, wanted).astype(np.float64), noise.as_rows(other, found).astype(np.float64)
     power = (rows**2).sum(axis=1)
     bad = np.flatnonzero(((theirs - rows) ** 2).sum(axis=1) > _SAME**2 * power)
@@ -104,6 +109,13 @@ def _weights(node: onnx.NodeProto, other: onnx.NodeProto, wanted: NDArray[Any], 
         yield f"the weights of {where} are others; furthest apart is {values}, in output channel {worst[0]}"
 
 
+def _are_turned(wanted: NDArray[Any], found: NDArray[Any]) -> bool:
+    """Whether kernels are far nearer to the reference's transposed ones, as a converter leaves them that takes HWIO for OIHW."""
+    if wanted.shape[2] != wanted.shape[3]:
+        return False
+    return _apart(found, wanted) > max(_SAME, _TURNED * _apart(found, wanted.transpose(0, 1, 3, 2)))
+
+
 def _are_powers_of_two(factors: NDArray[np.float64]) -> bool:
     if (factors <= 0).any():
         return False
@@ -120,7 +132,7 @@ def _colours(wanted: NDArray[Any], found: NDArray[Any]) -> tuple[int, ...] | Non
 
 
 def _scales(b: Graph, tensor: str, anchors: Collection[str], seen: Mapping[str, Seen]) -> Iterator[str]:
-    """Quantizers whose range does not fit what was seen, or which their DequantizeLinear undoes otherwise."""
+    """Quantizers whose range does not fit what was seen."""
     for quantizer, source in graphs.quantizers(b, tensor, anchors):
         scale, low, high = noise.representable(b, quantizer)
         if source in seen:
@@ -130,6 +142,11 @@ def _scales(b: Graph, tensor: str, anchors: Collection[str], seen: Mapping[str, 
                 yield f"{told}: clipped"
             elif (high - low) > _FINER * (values.high - values.low):
                 yield f"{told}: too coarse"
+
+
+def _undone(b: Graph, tensor: str, anchors: Collection[str]) -> Iterator[str]:
+    """Quantizers that their DequantizeLinear undoes otherwise."""
+    for quantizer, _ in graphs.quantizers(b, tensor, anchors):
         for reader in b.proto.graph.node:
             if reader.op_type == graphs.DEQUANTIZE and reader.input[0] == quantizer.output[0]:
                 pairs = zip(reader.input[1:], quantizer.input[1:], strict=False)

@@ -316,7 +316,8 @@ def _judged(asked: Question, answered: Answered, fed: Fed, rules: Sequence[Rule]
         for names, mine, theirs in zip(asked.pairs.outputs, answered.a, answered.b, strict=True)
     ]
     decided, counts = _decisions(answered, fed, asked.sides)
-    gates = [_finite_gate(answered), *(_limit_gate(output, asked.limit) for output in outputs)]
+    apart = kin.opsets(asked.sides)
+    gates = [_finite_gate(answered), *(_limit_gate(output, asked.limit, apart) for output in outputs)]
     # Classes of generated inputs mean nothing, and all of them may be the same one.
     if decided is not None and fed.origin != _GENERATED and (order := kin.classes(asked.sides, answered.a[0], answered.b[0])):
         gates.append(order)
@@ -351,7 +352,8 @@ def _finite_gate(answered: Answered) -> GateResult:
     return GateResult("every answer is a number", verdict, None, None, answered.not_finite or "no NaN and no infinity")
 
 
-def _limit_gate(output: dict[str, Any], limit: measures.Limit) -> GateResult:
+def _limit_gate(output: dict[str, Any], limit: measures.Limit, why: str = "") -> GateResult:
+    """Whether an output is near enough; `why` is told where it is not."""
     if output["max_abs"] is None:
         told = "not finite"
     elif output["identical"]:
@@ -361,8 +363,9 @@ def _limit_gate(output: dict[str, Any], limit: measures.Limit) -> GateResult:
         relative = "infinite" if output["relative"] is None else f"{output['relative']:.2g}"
         told = f"max|d| / max|A| {relative}, SQNR {decibels}"
     name = output["names"][0]
+    reason = f"{told}; {limit.source}" + f"; {why}" * bool(why and not output["holds"])
     verdict = Verdict.PASS if output["holds"] else Verdict.FAIL
-    return GateResult(f"{name}: B answers like A ({limit.rule})", verdict, output["relative"], None, f"{told}; {limit.source}")
+    return GateResult(f"{name}: B answers like A ({limit.rule})", verdict, output["relative"], None, reason)
 
 
 def _side(side: Side) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import parity
+from deploykit import foreign, parity
 from deploykit.artifact import Artifact, Format, Precision, digest_file, read_artifact
 from deploykit.build import Engine, realised_gate
 from deploykit.crosscheck.pairing import Pairs, answers
@@ -86,6 +86,15 @@ def classes(sides: tuple[Side, Side], a: NDArray[np.floating], b: NDArray[np.flo
     more = f", and {len(listed) - _LISTED} more" * (len(listed) > _LISTED)
     reason = f"{plural(len(moved), 'class', 'es')} in another order: {', '.join(listed[:_LISTED])}{more}"
     return GateResult(rule, Verdict.FAIL, len(moved), None, reason)
+
+
+def opsets(sides: Sequence[Side]) -> str:
+    """That two graphs are of different opsets, in words; empty where they are not, or one is no ONNX graph."""
+    graphs = [side.model.path for side in sides if side.model is not None and side.model.format is Format.ONNX]
+    found = [foreign.opset(path) for path in graphs]
+    if len(found) < len(sides) or len(set(found)) == 1:
+        return ""
+    return f"A is of opset {found[0]} and B of opset {found[1]}, in which the same operator may mean something else"
 
 
 def _may_be_built_from(engine: Artifact, graph: Artifact) -> bool:

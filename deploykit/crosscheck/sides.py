@@ -14,7 +14,7 @@ from torch import nn
 
 from deploykit import bundled, foreign, models, recipe, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, artifact_of, read_artifact
-from deploykit.errors import UsageError, printable
+from deploykit.errors import DeploykitError, UsageError, printable
 from deploykit.export.boxes import torch_answer
 from deploykit.machine import available_cores
 from deploykit.models import preprocess
@@ -213,9 +213,19 @@ def _onnx(path: Path, label: str, said: Said) -> Side:
         layout=said.layouts.get(label, "nchw"),
         preprocess=None,
         classes=(),
-        open=lambda threads: onnxruntime.reference(path, threads=threads, optimise=not literal),
+        open=lambda threads: _opened(path, threads, literal=literal),
         model=found,
     )
+
+
+def _opened(path: Path, threads: int, *, literal: bool) -> Session:
+    """A session on a stranger's file. What it does not run for may be an opset that its operators were not written in."""
+    try:
+        return onnxruntime.reference(path, threads=threads, optimise=not literal)
+    except DeploykitError as error:
+        why = f"{error.why}; the file says that it is of opset {foreign.opset(path)}"
+        fix = "export it again, or let it say the opset that its operators were written in"
+        raise DeploykitError(error.what, why=why, fix=fix) from error
 
 
 def _check_trust(name: str, label: str, said: Said) -> None:
