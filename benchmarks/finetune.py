@@ -36,10 +36,14 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from _results import write
 from PIL import Image
+from torch import nn
 
 from deploykit import data, finetune, models
+from deploykit.artifact import Preprocess
+from deploykit.cli.options import progress_bars
 from deploykit.data.pictures import _with_shorter_side
 from deploykit.models import Model
 from deploykit.recipe import FinetuneTable, ModelTable, PreprocessTable
@@ -51,7 +55,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # two-sided, by the numb
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gain", "scratch", "features"])
+    parser.add_argument("what", choices=["gain", "scratch", "features", "memory", "overhead"])
     parser.add_argument("--images", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--network")
@@ -59,10 +63,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--count", type=int)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=5, help="of each kind, for overhead")
     parser.add_argument("--page", type=Path, help="where to leave the page of the first fine-tuning")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--kind", choices=["deploykit", "bare"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    {"gain": gain, "scratch": scratch, "features": features}[arguments.what](arguments)
+    if arguments.kind:
+        one_overhead(arguments.kind, arguments.count)
+        return
+    {"gain": gain, "scratch": scratch, "features": features, "memory": memory, "overhead": overhead}[arguments.what](arguments)
 
 
 def gain(arguments: argparse.Namespace) -> None:
@@ -154,8 +163,116 @@ def features(arguments: argparse.Namespace) -> None:
     )
 
 
+def memory(arguments: argparse.Namespace) -> None:
+    """Features four times as large as what the process may still allocate: the head learns, the control does not load them."""
+    images, width, allowed = 4096, 65_536, 256 << 20
+    generator = np.random.default_rng(0)
+    pictures = tuple(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(images))
+    labels = np.arange(images) % 2
+    everything = data.Images(tuple(map(str, range(images))), labels, ("even", "odd"), (), "noise", pictures)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(192, width, bias=False))
+    how = Preprocess(resize=None, crop=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, fit="stretch")
+    module = nn.Sequential(OrderedDict(body=body, head=nn.Linear(width, 2)))
+    model = Model(module, "wide", how, everything.classes, 2, "random", is_random=True, notes=())
+    table = FinetuneTable(mode="head", epochs=2, cache_features=True, batch=64)
+    with tempfile.TemporaryDirectory() as folder:
+        few = everything.take(range(64))
+        train = partial(finetune.finetune, model, settings=table, held_out=few, scratch=Path(folder, "scratch"))
+        train(train=few, folder=Path(folder))  # what torch and the threads take once is taken
+        before = _private_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (before + allowed, before + allowed))
+        train(train=everything, folder=Path(folder))
+        file = max(Path(folder, "scratch").glob("features-*.npy"), key=lambda path: path.stat().st_size)
+        size, grown = file.stat().st_size, _private_bytes() - before
+        try:
+            np.load(file)
+        except MemoryError:
+            control = "fails, as it has to"
+        else:
+            control = "was read: the limit does not limit"
+    print(f"features of {size / 1e6:.0f} MB, {allowed / 1e6:.0f} MB allowed, {grown / 1e6:.0f} MB more taken; control: {control}")
+    content = {"features_bytes": size, "allowed_bytes": allowed, "grown_bytes": grown, "control": control}
+    write("finetune_memory", content, arguments.output)
+    sys.exit(0 if control.startswith("fails") else 1)
+
+
+def _private_bytes() -> int:
+    """What RLIMIT_DATA counts: private writable memory, but no mapped files."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    return int(line.split()[1]) * 1024
+
+
+def overhead(arguments: argparse.Namespace) -> None:
+    seconds: dict[str, list[float]] = {"deploykit": [], "bare": []}
+    for number in range(arguments.processes):
+        for kind in ("deploykit", "bare") if number % 2 else ("bare", "deploykit"):
+            command = [sys.executable, __file__, "overhead", "--kind", kind, "--count", str(arguments.count or 64)]
+            seconds[kind].append(_last_number_on_a_terminal(command))
+        print({kind: [round(value, 3) for value in values] for kind, values in seconds.items()}, flush=True)
+    ratios = np.array(seconds["deploykit"]) / np.array(seconds["bare"])
+    print(f"a step of deploykit takes {np.median(ratios):.3f} times that of the bare loop")
+    write("finetune_overhead", {"seconds": seconds, "ratio": float(np.median(ratios))}, arguments.output)
+
+
+def _last_number_on_a_terminal(command: list[str]) -> float:
+    """The last line of standard output as a number; standard error is a terminal, so that bars are drawn."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True) as child:
+        os.close(theirs)
+        drain = threading.Thread(target=_drained, args=(ours,))
+        drain.start()
+        assert child.stdout is not None
+        lines = child.stdout.read().split()
+        child.wait()
+        drain.join()
+    os.close(ours)
+    return float(lines[-1])
+
+
+def _drained(terminal: int) -> None:
+    with contextlib.suppress(OSError):  # the other end was closed
+        while os.read(terminal, 65536):
+            pass
+
+
+def one_overhead(kind: str, count: int) -> None:
+    """Print seconds of a step of ResNet-18 at 224 pixels, batch 16, over `count` pictures in memory, of the second epoch."""
+    generator = np.random.default_rng(0)
+    pictures = tuple(generator.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(count))
+    images = data.Images(tuple(map(str, range(count))), np.arange(count) % 2, ("even", "odd"), (), "noise", pictures)
+    model = models.with_classes(models.load(ModelTable(name="resnet18", weights="none")), images.classes, seed=0)
+    table = FinetuneTable(epochs=2, batch=16)
+    moments: list[float] = []
+    if kind == "bare":
+        optimizer = torch.optim.AdamW(model.module.parameters(), lr=1e-3, weight_decay=0.01)
+        model.module.train()
+        for epoch in range(2):
+            moments.append(perf_counter())
+            order = np.random.default_rng(epoch).permutation(count)
+            for start, batch in zip(range(0, count, 16), images.take(order).batches(model.preprocess, 16), strict=True):
+                labels = torch.from_numpy(order[start : start + 16] % 2)
+                loss = nn.functional.cross_entropy(model.module(torch.from_numpy(batch)), labels)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        moments.append(perf_counter())
+        print((moments[2] - moments[1]) / (count / 16))
+        return
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
+
+        def seen(what: str, done: int, total: int) -> None:
+            # The first step's end to the last's: evaluation and the saving of an epoch are none of the bare loop's either.
+            if what.startswith("images"):
+                moments.append(perf_counter())
+            bars(what, done, total)
+
+        finetune.finetune(model, images, images.take(range(2)), table, Path(folder), scratch=Path(folder, "s"), progress=seen)
+    steps = count // 16
+    print((moments[-1] - moments[-steps]) / (steps - 1))
+
+
 def epoch_seconds(network: str, pixels: int, images: data.Images, head: str, epochs: int, *, cached: bool) -> list[float]:
-    """CPU seconds of each training epoch after the first; held-out is one image of every class."""
+    """Seconds of each training epoch after the first; held-out is one image of every class."""
     model: Model = models.load(ModelTable(name=network, weights="none"), PreprocessTable(crop=pixels, resize=pixels))
     model = models.with_classes(model, images.classes, seed=0)
     assert images.labels is not None

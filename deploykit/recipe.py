@@ -79,7 +79,11 @@ class PreprocessTable:
 class DataTable:
     """Images: a built-in set by name, or folders."""
 
-    name: Literal["digits"] | None = setting("a built-in data set with train, calibration and test parts", None)
+    name: Literal["digits", "mnist", "fashion_mnist", "emnist", "cifar10", "cifar100", "imagenet"] | None = setting(
+        "a data set with parts of its own: the built-in digits, or one that lies in root as torchvision lays it out", None
+    )
+    root: str | None = setting("folder of the data set that name names; the digits need none", None, path=True)
+    download: bool = setting("fetch the data set into root when it is not there; ImageNet cannot be fetched", False)
     train: str | None = setting("folder of training images, one sub-folder a class", None, path=True)
     held_out: str | None = setting(
         "folder of labelled images on which the best epoch is chosen; without it a tenth of train, of each class", None, path=True
@@ -450,9 +454,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "[finetune] needs training images: set data.train or data.name"
     if recipe.finetune is not None:
         yield from _contradictions_of_training(recipe.finetune)
+    if recipe.data.name not in (None, "digits") and recipe.data.root is None:
+        yield f"data.name = {recipe.data.name!r} lies in a folder: set data.root (--root DIR)"
+    if recipe.data.root is not None and recipe.data.name in (None, "digits"):
+        yield "data.root is the folder of a data set by name: set data.name to it, or leave it out"
     if recipe.data.held_out is not None and recipe.data.train is None:
         yield "data.held_out is for images beside those of data.train: set that too, or leave it out"
-    if recipe.quantize is not None and recipe.data.name is None and recipe.data.calibrate is None:
+    trains = recipe.finetune is not None and recipe.data.train is not None  # then training images are calibrated on
+    if recipe.quantize is not None and recipe.data.name is None and recipe.data.calibrate is None and not trains:
         yield "[quantize] needs calibration images: set data.calibrate (--calibrate DIR) or data.name"
     if recipe.quantize is not None and not recipe.build.runtimes:
         yield "[quantize] follows the rules of a runtime: set build.runtimes (INT8 means another graph for each)"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,9 @@ class Sources:
             raise UsageError(
                 f"{found.name} cannot be fine-tuned here", why=why, fix="leave out [finetune], and name a checkpoint"
             )
-        return models.with_classes(found, classes, seed=self.recipe.finetune.seed)
+        found = models.with_classes(found, classes, seed=self.recipe.finetune.seed)
+        said = _channels_said(self.train.is_grey(), found.preprocess.channels)
+        return replace(found, notes=(*found.notes, *said))
 
     @property
     def train(self) -> Images:
@@ -93,7 +96,10 @@ class Sources:
 
     @cached_property
     def evaluation(self) -> Images:
-        """The pictures decisions are judged on: labelled ones if there are any, else the calibration's, else noise."""
+        """The pictures decisions are judged on: labelled ones if there are any, else the calibration's, else noise.
+
+        After a training these are what the best epoch was chosen on, where the recipe names no others.
+        """
         if self._splits is not None:
             return self._splits.test
         table = self.recipe.data
@@ -114,6 +120,8 @@ class Sources:
                     fix="make one sub-folder for each class; their sorted names are taken in the order of the network's outputs",
                 )
             return self._checked(found, "validation")
+        if self.recipe.finetune is not None and table.train is not None:
+            return self.held_out
         return self.calibration if self.calibration is not None else _noise(self.untrained, self.recipe.export.samples)
 
     def check(self) -> None:
@@ -167,7 +175,15 @@ class Sources:
 
     @cached_property
     def _splits(self) -> Splits | None:
-        return data.digits(self.recipe.data.seed) if self.recipe.data.name is not None else None
+        table = self.recipe.data
+        if table.name is None:
+            return None
+        if table.name == "digits":
+            return data.digits(table.seed)
+        from deploykit.data.named import named  # torchvision
+
+        assert table.root is not None
+        return named(table.name, Path(table.root), table.seed, download=table.download)
 
     @cached_property
     def _chosen_for_calibration(self) -> Images | None:
@@ -176,6 +192,8 @@ class Sources:
             found = self._splits.calibration
         elif table.calibrate is not None:
             found = data.folder(Path(table.calibrate), labelled=False, skip_bad=True)
+        elif self.recipe.finetune is not None and table.train is not None:
+            found = self.train
         else:
             return None
         return data.calibration_subset(found, table.calibration_images, table.seed)
@@ -240,6 +258,15 @@ class Sources:
                 fix="keep the two folders apart",
             )
         return found
+
+
+def _channels_said(is_grey: bool, channels: str) -> tuple[str, ...]:
+    """How pictures are made fit for the first layer, where they are not so by themselves."""
+    if is_grey and channels == "RGB":
+        return ("the pictures are grey, and the first layer takes three channels: all three get the same values",)
+    if not is_grey and channels == "L":
+        return ("the pictures are in colour, and the first layer takes one channel: they are turned to grey",)
+    return ()
 
 
 def _noise(model: Model, count: int) -> Images:

@@ -84,6 +84,8 @@ def given(dotted: str, value: Any) -> dict[str, Any]:
         content["build"] = {"runtimes": ["tensorrt"]}
     if dotted == "tensorrt.dla_core":
         content["export"] = {"batch": 1}
+    if dotted == "data.root":
+        content["data"] = {"name": "mnist", "root": value}
     if dotted == "finetune.views":
         content["finetune"] |= {"mode": "head", "cache_features": True}
     if dotted == "finetune.head_epochs":
@@ -100,7 +102,8 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
         if dotted in ("name", "model.name") or draw(st.booleans()):
             (content.setdefault(table, {}) if table else content)[key] = draw(values(dotted))
     content.pop("gate", None)
-    content.get("data", {}).pop("name", None)
+    for key in ("name", "root"):
+        content.get("data", {}).pop(key, None)
     for key in ("float_type", "keep"):
         content.get("build", {}).pop(key, None)
     content.get("quantize", {}).pop("cpu", None)
@@ -220,8 +223,8 @@ class TestProblems:
 
     def test_a_key_that_resembles_none_is_answered_with_all_there_are(self):
         assert problems(data={"zzz": 1}) == (
-            "[data]: unknown key 'zzz'; known are name, train, held_out, calibrate, validate, calibration_images, "
-            "skip_bad_images, seed",
+            "[data]: unknown key 'zzz'; known are name, root, download, train, held_out, calibrate, validate, "
+            "calibration_images, skip_bad_images, seed",
         )
 
     def test_a_missing_table_is_asked_for(self):

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ def run_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], s
     "images",
     type=click.Path(path_type=Path),
     required=True,
-    metavar="DIR",
-    help="Labelled images, one sub-folder a class; or train/ and val/ with such sub-folders.",
+    metavar="DIR|NAME",
+    help="Labelled images, one sub-folder a class; or train/ and val/ with such sub-folders; or a data set: digits, mnist, "
+    "fashion_mnist, emnist, cifar10, cifar100, imagenet.",
 )
+@recipe_option("--root", "data.root", metavar="DIR")
+@click.option("--download", is_flag=True, help="Fetch the data set that --data names into --root when it is not there.")
 @recipe_option("--weights", "model.weights", metavar="default|none|FILE")
 @recipe_option("--mode", "finetune.mode")
 @recipe_option("--epochs", "finetune.epochs")
@@ -79,6 +83,7 @@ def finetune_command(
     images: Path,
     augment: tuple[str, ...],
     cache_features: bool,
+    download: bool,
     output: Path | None,
     overrides: tuple[str, ...],
     skip_bad_images: bool,
@@ -91,18 +96,15 @@ def finetune_command(
     `deploykit run` with the recipe there goes on to export. A training that was interrupted goes on from its last epoch. Several
     GPUs, or processes: torchrun --nproc-per-node N -m deploykit finetune ...; the batch is that of all of them together.
     """
-    content: dict[str, Any] = {"name": f"{_run_name(model)}-finetune", "model": {"name": model}, "finetune": {}}
+    content: dict[str, Any] = {"name": f"{_run_name(model)}-finetune", "model": {"name": model}, "finetune": {}, "data": {}}
     for key, value in values.items():
         if value is not None:
             table, _, name = key.partition("__")
             content[table][name] = value
     content["finetune"] |= {"augment": list(augment), "cache_features": cache_features}
-    parts = {"train": images / "train", "held_out": images / "val"}
-    are_two = all(part.is_dir() for part in parts.values())
-    if not are_two and (found := [name for name in _PARTS if (images / name).is_dir()]):
-        why = f"it holds {' and '.join(found)}, which are parts of a data set rather than classes"
-        raise UsageError(f"cannot tell the classes in {printable(images)}", why=why, fix="call the two parts train and val")
-    content["data"] = {key: str(part) for key, part in parts.items()} if are_two else {"train": str(images)}
+    content["data"] |= _data_of(images)
+    if download:
+        content["data"]["download"] = True
     content["data"]["skip_bad_images"] = skip_bad_images
     here = Path.cwd()
     recipe = recipes.parse(content, base=here, source="the command line", overrides=overrides_of(overrides), overrides_base=here)
@@ -116,6 +118,20 @@ def finetune_command(
         result = pipeline.train(recipe, out, progress=progress)
     click.echo(json.dumps(result) if as_json else training.as_text(result), nl=as_json)
     return int(result["exit_code"])
+
+
+def _data_of(images: Path) -> dict[str, str]:
+    """Keys of the recipe for what --data names. Raises UsageError where it cannot be told what are classes."""
+    hint = next(hint for key, _, hint in recipes.declared() if key == "data.name")
+    if str(images) in typing.get_args(typing.get_args(hint)[0]) and not images.exists():
+        return {"name": str(images)}
+    parts = {"train": images / "train", "held_out": images / "val"}
+    if all(part.is_dir() for part in parts.values()):
+        return {key: str(part) for key, part in parts.items()}
+    if found := [name for name in _PARTS if (images / name).is_dir()]:
+        why = f"it holds {' and '.join(found)}, which are parts of a data set rather than classes"
+        raise UsageError(f"cannot tell the classes in {printable(images)}", why=why, fix="call the two parts train and val")
+    return {"train": str(images)}
 
 
 def _trained_together(recipe: Recipe, out: Path, as_json: bool) -> int:

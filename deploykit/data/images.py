@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deploykit.artifact import Preprocess, digest_file
-from deploykit.data.pictures import decode, pillow_warnings_ignored, preprocess
+from deploykit.data.pictures import decode, has_colours, pillow_warnings_ignored, preprocess
 from deploykit.errors import DataError, translating_os_errors
 from deploykit.jsonable import digest as digest_json
 from deploykit.machine import available_cores
@@ -121,6 +121,11 @@ class Images:
         image.resize(size, resampling).save(file, "PNG")
         return file.getvalue()
 
+    def is_grey(self, looked_at: int = 64) -> bool:
+        """Whether none of some pictures, spread over the set, has colours by its header. Raises DataError as `array` does."""
+        some = np.unique(np.linspace(0, len(self) - 1, min(looked_at, len(self))).astype(int)).tolist() if len(self) else []
+        return not any(_has_colours(self.sources[int(index)]) for index in some)
+
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Images:
         """The pictures at `indices`, in that order."""
         chosen = [int(index) for index in indices]
@@ -201,6 +206,10 @@ def _array_or_raise(outcome: NDArray[np.float32] | DataError) -> NDArray[np.floa
     if isinstance(outcome, DataError):
         raise outcome
     return outcome
+
+
+def _has_colours(source: Path | NDArray[np.uint8]) -> bool:
+    return has_colours(source) if isinstance(source, Path) else source.ndim == 3
 
 
 def _digest(source: Path | NDArray[np.uint8]) -> str:

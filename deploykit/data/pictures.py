@@ -115,6 +115,12 @@ def check_header(path: Path) -> None:
         pass
 
 
+def has_colours(path: Path) -> bool:
+    """Whether a picture's header says that it may have colours: a palette counts as colours. Raises DataError as `open_image`."""
+    with pillow_warnings_ignored(), _opened(path) as image:
+        return not (image.mode in ("1", "L", "LA") or _has_16_bits(image))
+
+
 def decode(path: Path) -> Image.Image:
     """What `open_image` does, for threads whose caller holds `pillow_warnings_ignored`."""
     with _opened(path) as image:
