@@ -27,11 +27,11 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from deploykit import artifact, benchmark, bundle, infer, parity, publish, runtimes, slots
+from deploykit import artifact, benchmark, bundle, infer, lease, parity, publish, runtimes, slots, watchdog
 from deploykit import build as builder
 from deploykit.artifact import Artifact, Precision, Samples, read_artifact
 from deploykit.benchmark import judge
-from deploykit.bundle import Manifest
+from deploykit.bundle import Manifest, archive, incoming
 from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict, parse_rule, worst
 from deploykit.jsonable import digest, to_json
@@ -92,10 +92,26 @@ def check(asked: argparse.Namespace) -> Answer:
 
 def install(asked: argparse.Namespace) -> Answer:
     """Check a bundle and write its files as a release, which is not current yet."""
+    return _install(asked, asked.bundle, None)
+
+
+def install_received(asked: argparse.Namespace) -> Answer:
+    """The same with a bundle that came over a connection, and what installed releases have of it."""
+    root = asked.root
+    with slots.exclusive(root):
+        arrived = incoming.Arrived(root, asked.id)
+        arrived.only(incoming.manifest(root, asked.id, _signers(asked)))
+    answer = _install(asked, incoming.folder(root, asked.id), arrived)
+    with slots.exclusive(root):
+        incoming.clear(root, _manifest(root, asked.id))
+    return answer
+
+
+def _install(asked: argparse.Namespace, path: Path, files: archive.Files | None) -> Answer:
     root, signers = asked.root, _signers(asked)
-    found = bundle.check(asked.bundle, signers=signers)
-    bundle.require_whole(asked.bundle, found)
-    with slots.exclusive(root), bundle.opened(asked.bundle, signers=signers) as opened:
+    found = bundle.check(path, signers=signers, files=files)
+    bundle.require_whole(path, found)
+    with slots.exclusive(root), bundle.opened(path, signers=signers, files=files) as opened:
         recovered = slots.recover(root, Moment.now())
         manifest = opened.manifest
         _refuse_other(root, manifest, asked.allow_downgrade)
@@ -105,6 +121,55 @@ def install(asked: argparse.Namespace) -> Answer:
             slots.note_number(root, manifest.id, manifest.release)
     facts = {"id": manifest.id, "release": manifest.release, "verdict": manifest.verdict}
     return Answer({**facts, "installed": is_new, "recovered": recovered})
+
+
+def vouch(asked: argparse.Namespace) -> Answer:
+    """Check the device half of a bundle that is coming, before it runs: who signed the manifest, and its digest there."""
+    root, signers = asked.root, _signers(asked)
+    place = incoming.folder(root, asked.id)
+    with bundle.opened(place, signers=signers, files=incoming.Arrived(root, asked.id)) as opened:
+        blob = opened.manifest.portable.get(bundle.DEVICE_HALF)
+        if opened.manifest.id != asked.id or blob is None or artifact.digest_file(place / bundle.DEVICE_HALF) != blob.sha256:
+            raise UsageError(f"{bundle.DEVICE_HALF} is not the one that the manifest names", fix="deploy again")
+        signer = None if signers is None else bundle.signer_of(place, opened.content, opened.signature, signers)
+    return Answer({"signer": signer, "by": "the installed device half"})
+
+
+def missing(asked: argparse.Namespace) -> Answer:
+    """Which blobs of a bundle that is coming are not there, and whether there is room for them."""
+    root = asked.root
+    with slots.exclusive(root):
+        manifest = incoming.manifest(root, asked.id, _signers(asked))
+        _refuse_other(root, manifest, asked.allow_downgrade)
+        lacking = incoming.lacking(root, manifest)
+        if not slots.release_folder(root, manifest.id).is_dir():
+            coming = sum(blob.bytes - blob.part for blob in lacking)
+            _require_space(root, coming + sum(blob.size for blob in manifest.files.values()))
+    return Answer({"missing": lacking})
+
+
+def receive(asked: argparse.Namespace) -> Answer:
+    """Take blobs from standard input; each one is hashed before it counts as there."""
+    root = asked.root
+    with slots.exclusive(root):
+        came, damaged = incoming.receive(root, incoming.manifest(root, asked.id, _signers(asked)), sys.stdin.buffer)
+    return Answer({"received": came, "damaged": damaged})
+
+
+def hold_lease(asked: argparse.Namespace) -> Answer:
+    """Keep other deployers away while signs of life come on standard input."""
+    slots.make_folder(asked.root)
+    with lease.held(asked.root, asked.owner, Moment.now()):
+        sys.stdout.write("leased\n")
+        sys.stdout.flush()
+        is_over = lease.wait_for_silence(sys.stdin.fileno(), asked.seconds)
+    return Answer({"ended": "let go" if is_over else f"no sign of life for {asked.seconds:g} s"}, 0 if is_over else 1)
+
+
+def watch(asked: argparse.Namespace) -> Answer:
+    """Install the watchdog that goes back from a release which is not confirmed; where systemd is."""
+    found = watchdog.install(asked.root, asked.root / slots.CURRENT / bundle.DEVICE_HALF)
+    return Answer({"unit": found.unit, "why_not": found.why_not, "command": found.command})
 
 
 def build(asked: argparse.Namespace) -> Answer:
@@ -211,7 +276,7 @@ def status(asked: argparse.Namespace) -> Answer:
     found = slots.status(asked.root, Moment.now())
     ids = [id for id in (found["current"], found["previous"]) if id is not None]
     numbers = {id: _manifest(asked.root, id).release for id in ids}
-    return Answer({**found, "release_numbers": numbers})
+    return Answer({**found, "release_numbers": numbers, "lease": lease.holder(asked.root, Moment.now())})
 
 
 def recover(asked: argparse.Namespace) -> Answer:
@@ -224,7 +289,7 @@ def collect_garbage(asked: argparse.Namespace) -> Answer:
     """Remove releases that are neither current nor previous nor in use."""
     with slots.exclusive(asked.root):
         slots.recover(asked.root, Moment.now())
-        return Answer({"removed": slots.collect_garbage(asked.root)})
+        return Answer({"removed": slots.collect_garbage(asked.root), "incoming": incoming.clear_all(asked.root)})
 
 
 def infer_file(asked: argparse.Namespace) -> Answer:
@@ -507,6 +572,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "install":
             command.add_argument("--allow-downgrade", action="store_true", help="take a lower release number than runs here")
+    downgrade = "take a lower release number than runs here"
+    for name, does in (("vouch", vouch), ("missing", missing), ("receive", receive), ("install-received", install_received)):
+        command = verb(name, does, id=True)
+        command.add_argument("--allow-downgrade", action="store_true", help=downgrade)
+        command.set_defaults(signers=None)
+    command = verb("lease", hold_lease)
+    command.add_argument("--owner", required=True, help="who deploys, as others are told")
+    command.add_argument("--seconds", type=_seconds, default=lease.SECONDS, help="longest time without a sign of life")
+    verb("watch", watch)
     command = verb("build", build, id=True)
     command.add_argument("--model", help="which graph, where several can be built here")
     command.add_argument("--threads", type=_natural, default=0, help="threads of a CPU engine; 0 takes all cores")

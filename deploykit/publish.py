@@ -38,7 +38,7 @@ def write_file(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(path)
-            _fsync(path.parent)
+            fsync(path.parent)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -83,7 +83,7 @@ def directory(final: Path) -> Iterator[Path]:
                 remove(stale)
                 final.rename(stale)
             partial.rename(final)
-            _fsync(final.parent)
+            fsync(final.parent)
         except BaseException:
             remove(partial)
             if replacing and not final.exists():
@@ -143,11 +143,12 @@ def _fsync_tree(root: Path) -> None:
     """Every file, then every directory, deepest first, so that no name reaches the disk before what it names."""
     for folder, _, files in os.walk(root, topdown=False):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Let what a file holds, or which names a folder has, be on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

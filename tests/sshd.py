@@ -22,6 +22,7 @@ SSHD = "/usr/sbin/sshd"
 class Sshd:
     """A running server, and the settings of a client that knows it."""
 
+    host: str
     port: int
     config: Path
     host_key: str
@@ -29,7 +30,7 @@ class Sshd:
 
     @property
     def address(self) -> str:
-        return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}"
+        return f"ssh://{getpass.getuser()}@{self.host}:{self.port}"
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def sshd(folder: Path, *, within: tuple[str, ...] = (), address: str = "127.0.0.
         process = subprocess.Popen([*within, SSHD, "-D", "-e", "-f", folder / "sshd_config"], stdout=log, stderr=log)
     try:
         _wait(process, folder / "log")
-        yield Sshd(port, folder / "ssh_config", host_key, process)
+        yield Sshd(address, port, folder / "ssh_config", host_key, process)
     finally:
         process.terminate()
         process.wait()

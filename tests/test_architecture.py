@@ -18,11 +18,14 @@ PACKAGE = Path(deploykit.__file__).parent
 FLOORS = (
     {"errors", "publish", "jsonable", "progress", "gate", "machine", "artifact", "recipe", "scenes", "intake", "telemetry"},
     {"models", "data", "runtimes", "targets", "slots", "remote"},
-    {"finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign", "bundle", "infer"},
-    {"report", "inspect", "viewing", "bundled"},
+    {
+        *("finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign"),
+        *("bundle", "infer", "lease", "watchdog"),
+    },
+    {"report", "inspect", "viewing", "bundled", "device"},
     {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast"},
-    set(),
-    {"pipeline", "agent"},
+    {"deploy"},
+    {"pipeline", "agent", "fleet"},
     {"cli", "__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,7 +35,7 @@ DEVICE = (
     "runtimes.cudart",
     *("build", "parity", "emulate"),
     *("benchmark", "benchmark.process", "benchmark.judge"),
-    *("bundle", "bundle.archive", "bundle.signature", "slots", "infer", "agent"),
+    *("bundle", "bundle.archive", "bundle.signature", "bundle.incoming", "slots", "lease", "watchdog", "infer", "agent"),
 )
 # The same, but it loads only where there is TensorRT.
 WITH_A_GPU = ("runtimes.tensorrt",)

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,15 @@ def is_bundle(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path, *, signers: Path | None = None) -> Iterator[Bundle]:
+def opened(path: Path, *, signers: Path | None = None, files: Files | None = None) -> Iterator[Bundle]:
     """Open a bundle, packed or a folder; with `signers`, an OpenSSH allowed-signers file, only one that these have signed.
+
+    Where its files do not lie in one place, `files` has them, and `path` only names it.
 
     The signature is checked before the manifest is parsed. Files are not read yet: see `check`.
     Raises UsageError when it is not a bundle, is damaged, or is not signed by one of `signers`.
     """
-    with archive.opened(path) as files:
+    with archive.opened(path) if files is None else nullcontext(files) as files:
         content = _small(files, MANIFEST, _MANIFEST_LIMIT_BYTES, path)
         signed = _small(files, SIGNATURE, signature.LIMIT_BYTES, path) if SIGNATURE in files.sizes else None
         if signers is not None:
@@ -158,12 +160,12 @@ def signer_of(path: Path, content: bytes, signed: bytes | None, signers: Path) -
     return signature.signer(content, signed, signers)
 
 
-def check(path: Path, *, signers: Path | None = None) -> Verification:
-    """Check every file of a bundle against its manifest, and with `signers` who signed that.
+def check(path: Path, *, signers: Path | None = None, files: Files | None = None) -> Verification:
+    """Check every file of a bundle against its manifest, and with `signers` who signed that; `files` as in `opened`.
 
     Raises UsageError when it is no bundle, is not signed by one of them, or one of its graphs reads files outside of it.
     """
-    with opened(path, signers=signers) as bundle:
+    with opened(path, signers=signers, files=files) as bundle:
         signer = None if signers is None else signer_of(path, bundle.content, bundle.signature, signers)
         wanted = {blob.entry: blob for blob in bundle.manifest.files.values()}
         names: dict[str, list[str]] = {}

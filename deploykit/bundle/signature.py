@@ -59,6 +59,22 @@ def signer(content: bytes, signature: bytes, allowed: Path) -> str:
     raise UsageError(f"the bundle is not signed by anybody in {printable(allowed)}", why=why or "its key is not in the file")
 
 
+def fingerprints(allowed: bytes) -> list[str]:
+    """The keys of an allowed-signers file, one line each as `ssh-keygen -l` shows them, with the names they stand for."""
+    found = []
+    for line in allowed.decode("utf-8", "replace").splitlines():
+        words = line.split()
+        kinds = [index for index, word in enumerate(words) if word.startswith(("ssh-", "ecdsa-", "sk-"))]
+        if not words or words[0].startswith("#") or not kinds:
+            continue
+        done = _run(["-l", "-f", "-"], " ".join(words[kinds[0] : kinds[0] + 2]).encode())
+        shown = done.stdout.decode("utf-8", "replace").split()
+        if done.returncode or len(shown) < 2:
+            raise UsageError(f"a key of {printable(words[0])} cannot be read", why=_words(done))
+        found.append(f"{words[0]}: {shown[1]} {shown[-1]}")
+    return found
+
+
 def _run(words: Sequence[str], content: bytes) -> subprocess.CompletedProcess[bytes]:
     try:
         return subprocess.run([_TOOL, *words], input=content, capture_output=True, timeout=_TIMEOUT_S, check=False)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from deploykit.cli import bundles, ci, compare, look, make, targets
+from deploykit.cli import bundles, ci, compare, devices, look, make, targets
 from deploykit.errors import DeploykitError, UsageError
 
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -59,6 +59,7 @@ for _command in (
     *(compare.benchmark_command, compare.parity_command, compare.bisect_command, compare.compare_command),
     *(look.inspect_command, look.models_command, look.doctor_command, look.clean_command),
     *(bundles.pack_command, bundles.verify_command),
+    *(devices.deploy_command, devices.rollback_command, devices.status_command, devices.device_group),
     *(targets.targets_command, targets.predict_command, targets.plan_command),
 ):
     cli.add_command(_command)

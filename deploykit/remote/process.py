@@ -89,7 +89,10 @@ class Talk:
         return self._process.poll() is None
 
     def close(self, silence_s: float = 10.0) -> Done:
-        """Let it see the end of its standard input, and wait; it is ended when it takes longer than `silence_s`."""
+        """Let it see the end of its standard input, and wait; it is ended when it takes longer than `silence_s`.
+
+        The answer's `stdout` is what `line` has not given yet.
+        """
         try:
             stdout, _ = self._process.communicate(timeout=silence_s)
         except subprocess.TimeoutExpired:
@@ -98,7 +101,7 @@ class Talk:
         code = self._process.returncode
         self._complaints.seek(0)
         with self._complaints:
-            return Done(code if code >= 0 else _SIGNALLED - code, stdout or b"", self._complaints.read(_PIECE))
+            return Done(code if code >= 0 else _SIGNALLED - code, self._heard + (stdout or b""), self._complaints.read(_PIECE))
 
     def _last_words(self) -> str:
         self._complaints.seek(0)
@@ -191,7 +194,9 @@ class Processes:
         except PermissionError:
             return _NOT_ALLOWED, f"{words[0]}: permission denied".encode(errors="surrogateescape")
         try:
-            stderr = _move(process, iter([stdin] if isinstance(stdin, bytes) else stdin), hear, silence_s, most, self.name)
+            stderr = _move(
+                process, filter(None, [stdin] if isinstance(stdin, bytes) else stdin), hear, silence_s, most, self.name
+            )
             code = process.wait(silence_s)
         except subprocess.TimeoutExpired as error:
             raise LineError(f"{self.name} said nothing for {silence_s:g} s", why=_shown(words)) from error

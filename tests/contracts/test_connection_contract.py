@@ -87,6 +87,9 @@ class TestACommand:
 
         assert device.run(["wc", "-c"], stdin=pieces).stdout.split() == [b"2000000"]
 
+    def test_is_fed_on_after_an_empty_piece(self, device):
+        assert device.run(["cat"], stdin=iter([b"", b"one", b"", b"two", b""])).stdout == b"onetwo"
+
     def test_that_is_fed_nothing_sees_the_end(self, device):
         assert device.run(["cat"]).stdout == b""
 
@@ -141,11 +144,17 @@ class TestACommandThatGoesOn:
         assert talk.close().code == 0
 
     def test_that_ended_is_heard_to_the_end_and_says_why(self, device):
-        talk = device.start(["sh", "-c", "echo last; echo because >&2; exit 4"])
+        talk = device.start(["sh", "-c", "echo one; echo two; echo because >&2; exit 4"])
+
+        assert talk.line(20) == b"one"
+        done = talk.close()
+        assert (done.code, done.stdout, done.words) == (4, b"two\n", "because")
+
+    def test_that_ended_has_no_more_lines(self, device):
+        talk = device.start(["echo", "last"])
 
         assert (talk.line(20), talk.line(20)) == (b"last", b"")
-        done = talk.close()
-        assert (done.code, done.words) == (4, "because")
+        talk.close()
 
     def test_that_is_silent_is_not_waited_for(self, device):
         talk = device.start(["cat"])

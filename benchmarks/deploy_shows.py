@@ -1,0 +1,281 @@
+"""Deploying over real sshd on loopback: a fleet in network namespaces, canaries, two at once, cut, lossy and slow lines.
+
+usage: python benchmarks/deploy_shows.py [--devices 4] [--only NAME ...] [--output DIR]
+
+Wants root, sshd, ip, tc and nft. Every device is an sshd in a network namespace of its own, reached through a veth pair. What the
+kernel lacks (tc netem) is said and not replaced: loss comes from nft, the rate from tbf, the cut from taking the link down.
+Counts and bytes only; nothing here is a speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from _results import write
+
+from deploykit import artifact, bundle, deploy, fleet, slots
+from deploykit.artifact import Samples
+from deploykit.bundle import pack
+from deploykit.deploy import Deployed, How
+from deploykit.errors import DeploykitError, LineError
+from deploykit.remote import Done, connect
+from deploykit.remote.process import Local
+
+TESTS = Path(__file__).parents[1] / "tests"
+LOSS_PER_MILLE, RATE = 30, "1mbit"
+BIG_BYTES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device: its sshd, its namespace, its end of the line here, and the root of its releases."""
+
+    name: str
+    namespace: str
+    link: str
+    server: Any
+    root: Path
+
+    @property
+    def how(self) -> How:
+        return How(root=str(self.root), python=sys.executable)
+
+    @property
+    def member(self) -> fleet.Member:
+        return fleet.Member(self.name, "all", self.server.address, self.how, self.server.host_key)
+
+    def connect(self) -> Any:
+        return connect(self.server.address, ssh_config=self.server.config)
+
+
+@contextmanager
+def places(count: int, folder: Path) -> Iterator[list[Place]]:
+    from sshd import sshd
+
+    with ExitStack() as stack:
+        found = []
+        for number in range(count):
+            name, link, here, there = f"dkd{number}", f"dkl{number}", f"10.91.{number}.1", f"10.91.{number}.2"
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            stack.callback(subprocess.run, ["ip", "link", "del", link], capture_output=True)
+            ip("addr", "add", f"{here}/24", "dev", link)
+            ip("link", "set", link, "up")
+            ip("-n", name, "addr", "add", f"{there}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            server = stack.enter_context(sshd(folder / name, within=("ip", "netns", "exec", name), address=there))
+            found.append(Place(f"device-{number}", name, link, server, folder / name / "root"))
+        yield found
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def bundles(folder: Path) -> dict[str, Path]:
+    """Two releases, one that no gate lets through, and a large one."""
+    from test_agent import NO_GATE, packed
+    from test_bundle import tiny_run
+
+    run = tiny_run(folder / "bad", op="Add", recipe=NO_GATE)
+    made = artifact.read_artifact(run / "export-onnx")
+    golden = made.samples()
+    wrong = {"logits": golden.expected["logits"] + 1}
+    Samples(golden.inputs, wrong, wrong).save(made.folder / "samples.npz")
+    artifact.write_manifest(made.folder, made)
+    (folder / "big.cache").write_bytes(os.urandom(BIG_BYTES))
+    big = tiny_run(folder / "big", op="Sub", recipe=NO_GATE)
+    return {
+        "one": packed(folder, release=1),
+        "two": packed(folder, release=2, op="Mul"),
+        "bad": pack.pack(run, folder / "bad.bundle", release=3).path,
+        "big": pack.pack(big, folder / "big.bundle", release=4, timing_caches=[folder / "big.cache"]).path,
+    }
+
+
+def told(done: Deployed) -> dict[str, Any]:
+    keys = ("code", "stage", "activated", "sent_bytes", "total_bytes", "sent_blobs", "blobs", "commands", "attempts")
+    return {key: getattr(done, key) for key in keys}
+
+
+def to(place: Place, path: Path, owner: str = "show", **more: Any) -> Deployed:
+    return deploy.deploy(path, place.connect, place.how, owner=owner, **more)
+
+
+def as_fleet(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """A roll-out, the same again, a bad bundle that its canary stops, and back."""
+    planned = fleet.Fleet(tuple(place.member for place in found), {"all": 0.25}, 2, 1, found[0].server.config)
+    one = fleet.roll_out(packed["one"], planned, folder / "one", owner="show")
+    again = fleet.roll_out(packed["one"], planned, folder / "again", owner="show")
+    two = fleet.roll_out(packed["two"], planned, folder / "two", owner="show")
+    bad = fleet.roll_out(packed["bad"], planned, folder / "bad-rollout", owner="show")
+    ids = [slots.current(place.root) for place in found]
+    assert ids == [two.id] * len(found), (one.facts, two.facts, bad.facts)
+    back = fleet.ask_each(planned, lambda device: device.ask("rollback"))
+    assert [slots.current(place.root) for place in found] == [one.id] * len(found), "a device did not go back"
+    return {
+        "roll-out": {"counts": one.counts, "code": one.code, "commands": [row.facts["commands"] for row in one.rows.values()]},
+        "again": {"counts": again.counts, "bytes": [row.facts["sent_bytes"] for row in again.rows.values()]},
+        "another": {"counts": two.counts, "bytes": [row.facts["sent_bytes"] for row in two.rows.values()]},
+        "bad bundle": {"counts": bad.counts, "code": bad.code, "why": bad.why_stopped},
+        "rollback": [said["exit_code"] for said in back.values()],
+    }
+
+
+def at_once(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """Two deployers of two bundles on one device at the same moment."""
+    place, ended = found[0], {}
+    to(place, packed["one"])
+
+    def one(owner: str, path: Path) -> None:
+        try:
+            ended[owner] = told(to(place, path, owner))
+        except DeploykitError as error:
+            ended[owner] = str(error)
+
+    threads = [threading.Thread(target=one, args=words) for words in (("alice", packed["two"]), ("bob", packed["big"]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [said for said in ended.values() if isinstance(said, str)]
+    assert len(refused) == 1, ended
+    assert "is leased" in refused[0], ended
+    return {"ended": ended}
+
+
+def slow_and_lossy(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """1 Mbit/s by tbf on one line, 3 % loss by nft at both ends of another."""
+    slow, lossy = replace(found[0], root=folder / "slow"), replace(found[1], root=folder / "lossy")
+    subprocess.run(
+        ["tc", "qdisc", "add", "dev", slow.link, "root", "tbf", "rate", RATE, "burst", "32kbit", "latency", "400ms"], check=True
+    )
+    rules = f"""table inet dkloss {{ chain in {{ type filter hook input priority 0;
+      iifname "{{link}}" numgen random mod 1000 < {LOSS_PER_MILLE} counter drop }} }}"""
+    nft = ["nft", "-f", "-"]
+    inside = ["ip", "netns", "exec", lossy.namespace]
+    subprocess.run([*inside, *nft], input=rules.format(link="eth0").encode(), check=True)
+    subprocess.run(nft, input=rules.format(link=lossy.link).encode(), check=True)
+    try:
+        done = {"1 Mbit/s": told(to(slow, packed["big"])), "3 % loss": told(to(lossy, packed["big"]))}
+        listed = [
+            subprocess.run([*words, "nft", "list", "ruleset"], capture_output=True, text=True).stdout for words in ([], inside)
+        ]
+        dropped = [int(text.partition("packets ")[2].split()[0]) for text in listed]
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", slow.link, "root"])
+        subprocess.run(["nft", "delete", "table", "inet", "dkloss"])
+    assert all(place_ok(place, packed["big"]) for place in (slow, lossy))
+    netem = subprocess.run(["tc", "qdisc", "add", "dev", found[0].link, "root", "netem", "loss", "3%"], capture_output=True)
+    subprocess.run(["tc", "qdisc", "del", "dev", found[0].link, "root"], capture_output=True)
+    return {**done, "dropped packets": dropped, "netem": "there" if netem.returncode == 0 else "not in this kernel"}
+
+
+def cable_pulled(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """The link goes down in the middle of the transfer, at 1 Mbit/s, and comes back 25 s later."""
+    place = replace(found[0], root=folder / "pulled")
+    subprocess.run(
+        ["tc", "qdisc", "add", "dev", place.link, "root", "tbf", "rate", RATE, "burst", "32kbit", "latency", "400ms"], check=True
+    )
+    pulled = threading.Event()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "transfer" and done > total * 0.6 and not pulled.is_set():
+            pulled.set()
+            ip("link", "set", place.link, "down")
+            threading.Timer(25, ip, ["link", "set", place.link, "up"]).start()
+
+    try:
+        done = to(place, packed["big"], progress=progress)
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", place.link, "root"], capture_output=True)
+    assert pulled.is_set()
+    assert done.attempts > 1
+    assert place_ok(place, packed["big"])
+    return {**told(done), "sent again": round(done.sent_bytes / done.total_bytes, 3)}
+
+
+class Cut(Local):
+    """A line that is cut at command `at`: before it ran there, or after."""
+
+    count = 0
+
+    def __init__(self, at: int, when: str) -> None:
+        super().__init__()
+        self.at, self.when = at, when
+
+    def run(self, words: Sequence[str], **more: Any) -> Done:
+        Cut.count += 1
+        if Cut.count != self.at:
+            return super().run(words, **more)
+        if self.when == "after":
+            super().run(words, **more)
+        raise LineError("cut")
+
+
+def cut_everywhere(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """A deployment over a running release, cut once at each command, before and after it ran there."""
+    outcomes: list[str] = []
+    for when in ("before", "after"):
+        at = 1
+        while True:
+            root = folder / f"cut-{when}-{at}"
+            how = How(root=str(root), python=sys.executable)
+            deploy.deploy(packed["one"], Local, how, owner="show")
+            Cut.count = 0
+            done = deploy.deploy(packed["two"], lambda: Cut(at, when), how, owner="show", pause=lambda seconds: None)  # noqa: B023
+            if done.attempts == 1:
+                break
+            outcomes.append("new" if done.code == 0 and slots.current(root) == done.id else "other")
+            at += 1
+    assert set(outcomes) == {"new"}, outcomes
+    return {"cuts": len(outcomes), "ended with the new release": outcomes.count("new")}
+
+
+def place_ok(place: Place, path: Path) -> bool:
+    with bundle.opened(path) as opened:
+        manifest = opened.manifest
+    folder = place.root / "releases" / manifest.id
+    right = all(artifact.digest_file(folder / name) == blob.sha256 for name, blob in manifest.files.items())
+    return right and slots.current(place.root) == manifest.id
+
+
+SHOWS: dict[str, Callable[[Sequence[Place], dict[str, Path], Path], dict[str, Any]]] = {
+    "fleet": as_fleet,
+    "two-at-once": at_once,
+    "slow-and-lossy": slow_and_lossy,
+    "cable-pulled": cable_pulled,
+    "cut-everywhere": cut_everywhere,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=SHOWS, default=list(SHOWS))
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+    sys.path.insert(0, str(TESTS))
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = bundles(Path(scratch, "bundles"))
+        with places(asked.devices, Path(scratch)) as found:
+            for name in asked.only:
+                said = SHOWS[name](found, packed, Path(scratch))
+                print(name, said, flush=True)
+                write(f"deploy-{name}", {"devices": asked.devices, **said}, asked.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Bundle, device -> release: bring what the device lacks, build there, prove it there, then switch.
+
+Nothing that has been done is done again, so a deployment that was cut goes on by being started again, and `deploy` itself does
+so a few times. At most 12 commands run on the device when nothing is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploykit import bundle, lease
+from deploykit.bundle import DEVICE_HALF, Bundle
+from deploykit.device import BUILD_SILENCE_S, ROOT, Device, Lease, sendable
+from deploykit.errors import DeploykitError, LineError, UsageError, printable
+from deploykit.progress import Progress, silent
+from deploykit.remote import Connection
+
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+_ROUNDS = 3  # of sending what came damaged
+_DONE = 0
+_IS_HELD = "is being changed by another process"
+
+
+@dataclass(frozen=True)
+class How:
+    """How to deploy. `root` is the folder on the device, by default one of the network's name below /opt/deploykit;
+    `confirm_within_s` puts the release on trial; the others are what the device half's commands of that name take."""
+
+    root: str | None = None
+    python: str = "python3"
+    confirm_within_s: float | None = None
+    allow_downgrade: bool = False
+    model: str | None = None
+    threads: int = 0
+    processes: int = 10
+    queries: int = 30
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What became of a deployment. `stage` is the last one; `code` is 0, or 3 and 5 when a gate did not open there.
+
+    `sent_bytes` of `total_bytes` of blobs went over the line, the beginnings of cut ones included; `commands` ran on the device.
+    """
+
+    device: str
+    root: str
+    id: str
+    release: int
+    stage: str
+    code: int
+    activated: bool
+    sent_bytes: int
+    sent_blobs: int
+    total_bytes: int
+    blobs: int
+    commands: int
+    attempts: int
+    seconds: float
+    answers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**{key: value for key, value in vars(self).items() if key != "answers"}, "answers": dict(self.answers)}
+
+
+@dataclass
+class _Count:
+    """What all attempts of one deployment did together."""
+
+    sent_bytes: int = 0
+    commands: int = 0
+    blobs: set[str] = field(default_factory=set)
+
+
+def deploy(
+    path: Path,
+    connect: Callable[[], Connection],
+    how: How,
+    *,
+    owner: str,
+    signers: Path | None = None,
+    progress: Progress = silent,
+    pause: Callable[[float], None] = time.sleep,
+) -> Deployed:
+    """Make the bundle at `path` the current release of a device, unless a gate there says no.
+
+    `owner` is who holds the device's lease meanwhile, as others are told. `signers` are checked on this host, too.
+    When the line is cut it is tried again, a few times, with longer and longer pauses.
+    Raises UsageError for a bundle that is not whole or not signed by `signers`, DeploykitError when the device refuses or
+    somebody else is deploying, LineError when the line was cut for good.
+    """
+    bundle.require_whole(path, bundle.check(path, signers=signers))
+    began, count = time.monotonic(), _Count()
+    for attempt, rest in enumerate((*_PAUSES_S, None), start=1):
+        try:
+            connection = connect()
+            try:
+                with bundle.opened(path, signers=signers) as opened:
+                    root = how.root or f"{ROOT}/{opened.manifest.name}"
+                    device = Device(connection, root, python=how.python)
+                    steps = _Steps(opened, device, how, count, progress, pause if attempt > 1 else None)
+                    ended = steps.run(owner)
+                    manifest = opened.manifest
+            finally:
+                count.commands += connection.commands
+                connection.close()
+            break
+        except LineError:
+            if rest is None:
+                raise
+            pause(rest)
+    stage, code, answers = ended
+    blobs = {blob.sha256: blob.size for blob in manifest.files.values()}
+    return Deployed(
+        device=device.name,
+        root=root,
+        id=manifest.id,
+        release=manifest.release,
+        stage=stage,
+        code=code,
+        activated=bool(answers.get("activate", {}).get("activated")),
+        sent_bytes=count.sent_bytes,
+        sent_blobs=len(count.blobs),
+        total_bytes=sum(blobs.values()),
+        blobs=len(blobs),
+        commands=count.commands,
+        attempts=attempt,
+        seconds=time.monotonic() - began,
+        answers=answers,
+    )
+
+
+class _Steps:
+    """One attempt, from whatever the one before has left."""
+
+    def __init__(
+        self,
+        opened: Bundle,
+        device: Device,
+        how: How,
+        count: _Count,
+        progress: Progress,
+        patient: Callable[[float], None] | None,
+    ) -> None:
+        self._opened, self._device, self._how, self._count = opened, device, how, count
+        self._progress, self._patient = progress, patient
+        self._id = opened.manifest.id
+        self._halves: set[str | None] = set()  # the digests of device halves that are there
+
+    def run(self, owner: str) -> tuple[str, int, dict[str, Any]]:
+        """The last stage, its exit code, and every answer."""
+        device, answers = self._device, {}
+        found = device.survey(self._id)
+        is_same = found.own_half is not None and found.release_sha256 == hashlib.sha256(self._opened.content).hexdigest()
+        self._halves = {found.installed_sha256, found.came_sha256}
+        if is_same:
+            device.half = str(found.own_half)
+        elif found.installed_sha256 is None:
+            answers["bootstrap"] = self._bootstrap()
+        with self._leased(owner) as held:
+            if not is_same:
+                if "bootstrap" not in answers:
+                    answers["bootstrap"] = self._bootstrap()
+                answers["receive"] = self._bring()
+                answers["install"] = self._ask("install-received", self._id, *self._downgrade())
+            device.half = f"releases/{self._id}"
+            for stage, words, silence_s in self._stages():
+                held.require()
+                self._progress(stage, 0, 1)
+                answers[stage] = self._ask(stage, *words, silence_s=silence_s)
+                self._progress(stage, 1, 1)
+                if answers[stage]["exit_code"]:
+                    return stage, answers[stage]["exit_code"], answers
+        return "activate", _DONE, answers
+
+    def _bootstrap(self) -> dict[str, Any]:
+        blob = self._opened.manifest.portable.get(DEVICE_HALF)
+        if blob is None:
+            raise UsageError(f"{printable(self._opened.path)} holds no device half", fix="pack it again")
+        is_there = blob.sha256 in self._halves
+        half = b"" if is_there else b"".join(bundle.pieces(self._opened, blob))
+        if not is_there:
+            self._count.sent_bytes += len(half)
+            self._count.blobs.add(blob.sha256)
+        return self._device.bootstrap(self._id, self._opened.content, self._opened.signature, half, blob.sha256)
+
+    def _bring(self) -> dict[str, Any]:
+        """Send the blobs that the device lacks, each from where it was cut. Raises DeploykitError when they stay damaged."""
+        answer: dict[str, Any] = {}
+        for _ in range(_ROUNDS):
+            lacking = self._lacking()
+            if not lacking:
+                return answer
+            answer = self._ask("receive", self._id, stdin=self._pieces(lacking))
+            if not answer["damaged"]:
+                return answer
+        raise DeploykitError(f"{self._device.name} keeps getting damaged blobs", problems=list(map(str, answer["damaged"]))[:20])
+
+    def _lacking(self) -> list[tuple[bundle.Blob, int]]:
+        """The blobs that are not there, and how much of each is. What the device says is checked against the manifest."""
+        known = {blob.sha256: blob for blob in self._opened.manifest.files.values()}
+        answer = self._ask("missing", self._id, *self._downgrade())
+        try:
+            found = [(known[item["sha256"]], int(item["part"])) for item in answer["missing"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeploykitError(f"{self._device.name} lacks blobs that the bundle has not") from error
+        return [(blob, part if 0 <= part <= blob.size else 0) for blob, part in found]
+
+    def _pieces(self, lacking: list[tuple[bundle.Blob, int]]) -> Iterator[bytes]:
+        total = sum(blob.size - part for blob, part in lacking)
+        done = 0
+        for blob, part in lacking:
+            yield json.dumps({"sha256": blob.sha256, "offset": part}).encode() + b"\n"
+            self._count.blobs.add(blob.sha256)
+            for piece in sendable(bundle.pieces(self._opened, blob), part):
+                yield piece
+                done += len(piece)
+                self._count.sent_bytes += len(piece)
+                self._progress("transfer", done, total)
+
+    def _stages(self) -> Iterator[tuple[str, list[str], float]]:
+        how, id = self._how, self._id
+        model = [] if how.model is None else ["--model", how.model]
+        yield "build", [id, "--threads", str(how.threads), *model], BUILD_SILENCE_S
+        yield "parity", [id], BUILD_SILENCE_S
+        if self._opened.manifest.gate:
+            yield "benchmark", [id, "--processes", str(how.processes), "--queries", str(how.queries)], BUILD_SILENCE_S
+        trial = []
+        if how.confirm_within_s is not None:
+            trial = ["--confirm-within", str(how.confirm_within_s)]
+            yield "watch", [], 120.0
+        yield "activate", [id, *trial, *self._downgrade()], 600.0
+
+    def _downgrade(self) -> list[str]:
+        return ["--allow-downgrade"] if self._how.allow_downgrade else []
+
+    def _ask(self, verb: str, *words: str, **more: Any) -> dict[str, Any]:
+        """Ask; after a cut, wait until the command that was running then has ended: it holds the root."""
+        found: dict[str, Any] = self._patiently(lambda: self._device.ask(verb, *words, **more), _IS_HELD, 600)
+        return found
+
+    def _leased(self, owner: str) -> Lease:
+        """The lease; after a cut, our own that has not run out yet is waited for."""
+        found: Lease = self._patiently(lambda: self._device.lease(owner), owner, lease.SECONDS + 15)
+        return found
+
+    def _patiently(self, ask: Callable[[], Any], reason: str, seconds: float) -> Any:
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return ask()
+            except LineError:
+                raise
+            except DeploykitError as error:
+                if self._patient is None or reason not in str(error) or time.monotonic() > until:
+                    raise
+                self._patient(1.0)
