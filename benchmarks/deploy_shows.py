@@ -10,6 +10,7 @@ Counts and bytes only; nothing here is a speed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -55,13 +56,14 @@ class Place:
         return fleet.Member(self.name, "all", self.server.address, self.how, self.server.host_key)
 
     def connect(self) -> Any:
-        return connect(self.server.address, ssh_config=self.server.config)
+        return connect(
+            self.server.address, ssh_config=self.server.config.parents[1] / "dkd0" / "ssh_config", host_key=self.server.host_key
+        )
 
 
 @contextmanager
 def places(count: int, folder: Path) -> Iterator[list[Place]]:
-    from sshd import sshd
-
+    sshd = importlib.import_module("sshd").sshd
     with ExitStack() as stack:
         found = []
         for number in range(count):
@@ -76,6 +78,8 @@ def places(count: int, folder: Path) -> Iterator[list[Place]]:
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
             server = stack.enter_context(sshd(folder / name, within=("ip", "netns", "exec", name), address=there))
+            if found:  # one key for the whole fleet
+                (folder / name / "authorized_keys").write_text((folder / "dkd0" / "authorized_keys").read_text())
             found.append(Place(f"device-{number}", name, link, server, folder / name / "root"))
         yield found
 
@@ -86,17 +90,16 @@ def ip(*words: str) -> None:
 
 def bundles(folder: Path) -> dict[str, Path]:
     """Two releases, one that no gate lets through, and a large one."""
-    from test_agent import NO_GATE, packed
-    from test_bundle import tiny_run
-
-    run = tiny_run(folder / "bad", op="Add", recipe=NO_GATE)
+    tests = importlib.import_module("test_agent")
+    no_gate, packed, tiny_run = tests.NO_GATE, tests.packed, tests.tiny_run
+    run = tiny_run(folder / "bad", op="Add", recipe=no_gate)
     made = artifact.read_artifact(run / "export-onnx")
     golden = made.samples()
     wrong = {"logits": golden.expected["logits"] + 1}
     Samples(golden.inputs, wrong, wrong).save(made.folder / "samples.npz")
     artifact.write_manifest(made.folder, made)
     (folder / "big.cache").write_bytes(os.urandom(BIG_BYTES))
-    big = tiny_run(folder / "big", op="Sub", recipe=NO_GATE)
+    big = tiny_run(folder / "big", op="Sub", recipe=no_gate)
     return {
         "one": packed(folder, release=1),
         "two": packed(folder, release=2, op="Mul"),
@@ -136,7 +139,8 @@ def as_fleet(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> d
 
 def at_once(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
     """Two deployers of two bundles on one device at the same moment."""
-    place, ended = found[0], {}
+    place = found[0]
+    ended: dict[str, Any] = {}
     to(place, packed["one"])
 
     def one(owner: str, path: Path) -> None:
