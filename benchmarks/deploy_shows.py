@@ -65,7 +65,7 @@ class Place:
 def places(count: int, folder: Path) -> Iterator[list[Place]]:
     sshd = importlib.import_module("sshd").sshd
     with ExitStack() as stack:
-        found = []
+        found: list[Place] = []
         for number in range(count):
             name, link, here, there = f"dkd{number}", f"dkl{number}", f"10.91.{number}.1", f"10.91.{number}.2"
             ip("netns", "add", name)
