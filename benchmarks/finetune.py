@@ -28,9 +28,18 @@ of PyTorch over the same batches, in fresh processes that alternate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import pty
+import resource
+import subprocess
+import sys
 import tempfile
+import threading
+from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any

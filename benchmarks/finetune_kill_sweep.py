@@ -3,8 +3,8 @@
 usage: python benchmarks/finetune_kill_sweep.py [--kills 20] [--epochs 6] [--seed 0] [--output DIR]
 
 Each trial trains CIFAR's ResNet-20 in an empty folder (the head on cached features and then everything, with EMA and
-augmentation), is killed at a moment drawn over the length of an undisturbed training, and is started again. The file of weights has
-to be that of the undisturbed training, byte for byte, and no finished epoch is trained again. Children are forked from one
+augmentation), is killed at a moment drawn over the length of an undisturbed training, and is started again. The file of weights
+has to be that of the undisturbed training, byte for byte, and no finished epoch is trained again. Children are forked from one
 process that has loaded everything, so a trial takes the time of a training alone.
 """
 
