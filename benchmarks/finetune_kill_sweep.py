@@ -49,10 +49,7 @@ def main() -> None:
                 sys.exit("the undisturbed training failed")
             length = monotonic() - start
         wanted = digest_file(scratch / "whole" / "finetune" / "model.safetensors")
-        trials = [
-            _trial(asked, scratch / str(n), generator.uniform(0, length), wanted, arguments.epochs)
-            for n in range(arguments.kills)
-        ]
+        trials = [_trial(asked, scratch / str(n), generator.uniform(0, length), wanted) for n in range(arguments.kills)]
     failures = [trial for trial in trials if trial["problems"]]
     killed = sum(trial["was_killed"] for trial in trials)
     print(f"{len(trials)} trials over {length:.1f} s, {killed} killed before their end: {len(failures)} with problems")
