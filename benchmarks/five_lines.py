@@ -5,8 +5,8 @@ usage: python benchmarks/five_lines.py [--keep FOLDER] [--output DIR]
 What a runner of GitHub does is done here: `checkout` is a clone of a user's repository (a network, its weights, pictures and a
 recipe), `setup-python` a new virtual environment, and each `run` line goes to `bash -e` with GitHub's variables. The address
 from which deploykit is installed is written as in the page and answered by this repository's last commit (git's `insteadOf`);
-its dependencies come from pip's own index, some gigabytes of them. A second commit makes the gate impossible: the job has to stop
-with exit code 3 and an annotation.
+its dependencies come from pip's own index, some gigabytes of them. A second commit adds a gate that no engine passes: the job has
+to stop, with exit code 3 and an annotation (5 where something disturbs the measurement).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(num_classes=2):
 """
 RECIPE = """
 name = "net"
-gate = ["disagreements <= {most}", "slowdown <= 400 %"]
+gate = [{rules}]
 [model]
 name = "net.py:build"
 weights = "net.pth"
@@ -76,14 +76,14 @@ def main() -> None:
         upstream = repository(place / "upstream")
         job = (ROOT / "docs" / "ci.md").read_text().split("```yaml\n")[1].partition("```")[0]
         good = run(job, upstream, place / "good", place / "venv")
-        (upstream / "recipe.toml").write_text(RECIPE.format(most=0).replace("slowdown <= 400 %", "latency <= 0.000001 ms"))
+        (upstream / "recipe.toml").write_text(RECIPE.format(rules='"latency <= 0.000001 ms"'))
         commit(upstream, "A gate that nothing passes")
         bad = run(job, upstream, place / "bad", place / "venv")
     for step in (*good, *bad):
         print(f"{step['line']}\n  exit code {step['exit_code']} after {step['seconds']:.0f} s; {step['annotations']} annotations")
     write("five_lines", {"good": good, "bad": bad}, arguments.output)
     codes = [[step["exit_code"] for step in steps] for steps in (good, bad)]
-    sys.exit(0 if codes == [[0, 0], [0, 3]] and bad[-1]["annotations"] else 1)
+    sys.exit(0 if codes[0] == [0, 0] and codes[1] in ([0, 3], [0, 5]) and bad[-1]["annotations"] else 1)
 
 
 def repository(folder: Path) -> Path:
@@ -92,7 +92,7 @@ def repository(folder: Path) -> Path:
 
     (folder / "photos").mkdir(parents=True)
     (folder / "net.py").write_text(NETWORK)
-    (folder / "recipe.toml").write_text(RECIPE.format(most=32))
+    (folder / "recipe.toml").write_text(RECIPE.format(rules='"disagreements <= 32"'))
     random = np.random.default_rng(0)
     for number in range(32):
         for kind in ("photos", f"labelled/{'ab'[number % 2]}"):
