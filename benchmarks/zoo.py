@@ -29,25 +29,34 @@ from _results import path_of, write
 LIMIT = 1e-4  # max|d| / max|y| of every output
 LEAST_VARIATION = 0.1
 IMAGES = {"classify": 4, "segment": 2, "detect": 2, "clips": 2}
+# BatchNorm of other tasks sees more: SSDlite's last maps are one pixel, and two values that are nearly the same, scaled to a
+# deviation of one, are little but rounding (2.2e-4 between the file and PyTorch on two pictures).
+_CALIBRATED = 8
 # Networks of more parameters than that come last, with half the images.
 _LARGE_PARAMETERS = 250_000_000
 # Networks of more multiply-accumulates than that get smaller pictures, unless they are built for one size.
 _MOST_GMACS = 5.0
 _SIDES = {"classify": 128, "segment": 256, "detect": 320, "clips": 112}
-_OF_ONE_SIZE = ("vit_", "swin_", "maxvit_", "ssd")
+_OF_ONE_SIZE = ("vit_", "swin_", "maxvit_", "ssd", "s3d")
 _GIB = 1 << 30
 _INTRODUCTION = """\
-Written by `benchmarks/zoo.py` from its results. {passed} of {rows} networks pass, {good} of torchvision's {classifiers}
-classifiers among them: an ONNX file, run literally by ONNX Runtime, and a TorchScript file answer {images} photographs (2 where
-the task is another one) within max|d| / max|y| = {limit:g} of PyTorch. Weights are random, made so that answers vary over
-images: BatchNorm is calibrated on them, and the logits' standard deviation over images is at least {least:.0%} of their spread
-over images and classes, else the row fails. Both of torch's exporters run on the same weights and inputs, and what passes is
-kept. Times are of one process on two cores, shared with other work; ONNX is both exporters together. Memory is the largest
-resident set, beside what the rule below predicts.
+Written by `benchmarks/zoo.py` from its results. {passed} of {rows} networks that were run pass, {good} of torchvision's
+{classifiers} classifiers among them: an ONNX file, run by ONNX Runtime literally and with all of its optimizations, and a
+TorchScript file answer photographs within max|d| / max|y| = {limit:g} of PyTorch, for each output (of detectors, over boxes that
+belong together, and both sides find the same boxes). Weights are random, made so that answers vary over images: BatchNorm is
+calibrated on them, and the logits' standard deviation over images is at least {least:.0%} of their spread over images and
+classes, else the row fails. Both of torch's exporters run on the same weights and inputs, and what passes is kept; of detectors
+the legacy one writes the file.
+
+Classifiers get {classify} images, two above {large:,d} parameters; other tasks two, and eight to calibrate BatchNorm on. Inputs
+are the published ones up to {gmacs:g} GMACs; above that at most {side} pixels ({segment} for segmenters, {detect} for detectors),
+unless the network is built for one size. Times are CPU seconds of one thread: both exporters with clean-up and comparison, and
+TorchScript. Memory is the largest resident set of the network's own process, beside what the rule below predicts.
 """
-_HEADER = """\
-| network | parameters | exporter | ONNX | TorchScript | variation | nodes | ONNX, s | TorchScript, s | GiB | predicted |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+_COLUMNS = (
+    *("network", "parameters", "input", "exporter", "ONNX", "optimized", "TorchScript", "variation", "nodes"),
+    *("ONNX, s", "TorchScript, s", "GiB", "predicted"),
+)
 _MEMORY = """\
 An export is refused (exit 4) before its work where the memory that is free is less than 1 GiB, five times the weights, and
 four times the largest tensor of the forward pass for as many images as run at once (`deploykit/export/memory.py`)."""
@@ -91,15 +100,17 @@ def _compare(name: str, folder: Path, count: int | None, scratch: Path, row: dic
         model = _loaded(entry)
     row["input"] = list(model.preprocess.shape)
     count = count or (2 if entry.parameters > _LARGE_PARAMETERS else IMAGES[entry.task])
-    pictures = data.calibration_subset(data.folder(folder, labelled=False), count, seed=0)
-    inputs = next(pictures.batches(model.preprocess, len(pictures)))
+    seen = count if entry.task == "classify" else max(count, _CALIBRATED)
+    pictures = data.calibration_subset(data.folder(folder, labelled=False), seen, seed=0)
+    calibration = next(pictures.batches(model.preprocess, len(pictures)))
+    inputs = calibration[:count]
     row["images"] = len(inputs)
     largest = memory.largest_tensor_bytes(model.module, inputs.shape)
     row["predicted_bytes"] = memory.need_bytes(memory.weight_bytes(model.module), largest)
     with _timed(row, "calibrate"):
         if entry.task == "classify":
             _enliven(model.module, inputs)
-        _vary(model, inputs, row)
+        _vary(model, calibration, inputs, row)
     # Of detectors the one exporter writes the file, and what the other one says is asked for at the end.
     settings = ExportTable(cross_check=entry.task != "detect", tolerance=LIMIT)
     for kind, make in (("onnx", export.onnx_model), ("torchscript", export.torchscript_model)):
@@ -168,14 +179,14 @@ def _by_new(model: Any, inputs: Any) -> str:
     return "writes a file, which is not compared"
 
 
-def _vary(model: Any, inputs: Any, row: dict[str, Any]) -> None:
-    """Calibrate BatchNorm on the inputs (N, C, H, W), and note how much the answers vary over them."""
+def _vary(model: Any, calibration: Any, inputs: Any, row: dict[str, Any]) -> None:
+    """Calibrate BatchNorm on pictures (N, C, H, W), and note how much the answers vary over some of them, the inputs."""
     import numpy as np
 
     from deploykit import export, models
     from deploykit.export.boxes import torch_boxes
 
-    models.calibrate_batch_norm(model, np.array_split(inputs, 2))
+    models.calibrate_batch_norm(model, np.array_split(calibration, 2))
     if model.task == "detect":
         row["boxes"] = [len(torch_boxes(model, picture)["boxes"]) for picture in inputs]
         row["variation"] = 1.0 if all(row["boxes"]) else 0.0
@@ -262,10 +273,7 @@ def _run(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Each network that has no row yet, the small ones first; every one in a process of its own."""
     from deploykit import models
 
-    order = {
-        entry.name: (entry.parameters > _LARGE_PARAMETERS, entry.task != "classify", entry.parameters)
-        for entry in models.catalogue()
-    }
+    order = {entry.name: (entry.parameters > _LARGE_PARAMETERS, entry.parameters) for entry in models.catalogue()}
     names = arguments.only or sorted(order, key=lambda name: order[name])
     _warm_up()
     for index, name in enumerate(names, 1):
@@ -332,16 +340,22 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     ours = _torchvisions_classifiers()
     classifiers = [row for row in rows if row["name"] in ours]
-    numbers = {"passed": len(passed), "rows": len(rows), "images": IMAGES["classify"], "limit": LIMIT, "least": LEAST_VARIATION}
-    numbers |= {"good": sum(row["passed"] for row in classifiers), "classifiers": len(classifiers)}
+    numbers = {"passed": len(passed), "rows": len(rows), "limit": LIMIT, "least": LEAST_VARIATION}
+    numbers |= {"good": sum(row["passed"] for row in classifiers), "classifiers": len(ours)}
+    numbers |= {"classify": IMAGES["classify"], "large": _LARGE_PARAMETERS, "gmacs": _MOST_GMACS}
+    numbers |= {"side": _SIDES["classify"], "segment": _SIDES["segment"], "detect": _SIDES["detect"]}
     yield _INTRODUCTION.format(**numbers)
-    yield _HEADER
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield f"|{'---|' * len(_COLUMNS)}"
     yield from (_line(row) for row in sorted(rows, key=lambda row: str(row["name"])))
     yield ""
     yield "## What did not pass, and why"
     yield ""
     failed = [f"- {row['name']}: {row.get('error', 'its answers hardly vary over images')}" for row in rows if not row["passed"]]
     yield from failed or ["Nothing."]
+    left = sorted(_names() - {row["name"] for row in rows})
+    if left:
+        yield from ["", "## Not run yet", "", ", ".join(left) + "."]
     differing = [row for row in passed if not all("passes" in finding for finding in row.get("exporters", {}).values())]
     yield from ["", "## Where the exporters differ", ""]
     yield from [f"- {row['name']}: {row['exporter_why']}" for row in differing] or ["Both exporters pass for every network."]
@@ -350,6 +364,12 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield from ["", f"The head's bias was centred on the images, to vary at all, in: {', '.join(centred)}."]
     yield from ["", "## Memory", ""]
     yield _MEMORY
+
+
+def _names() -> set[str]:
+    from deploykit import models
+
+    return {entry.name for entry in models.catalogue()}
 
 
 def _torchvisions_classifiers() -> set[str]:
@@ -363,8 +383,9 @@ def _line(row: dict[str, Any]) -> str:
         return format(row[key], form) if key in row else "-"
 
     seconds = row["seconds"]
-    cells = [str(row["name"]), number("parameters", ",d"), str(row.get("exporter", "-")), number("onnx", ".1e")]
-    cells += [number("torchscript", ".1e"), number("variation", ".2f"), number("nodes", "d")]
+    size = "x".join(map(str, row["input"])) if "input" in row else "-"
+    cells = [str(row["name"]), number("parameters", ",d"), size, str(row.get("exporter", "-")), number("onnx", ".1e")]
+    cells += [number("optimized", ".1e"), number("torchscript", ".1e"), number("variation", ".2f"), number("nodes", "d")]
     cells += [f"{seconds[key]:.1f}" if key in seconds else "-" for key in ("onnx", "torchscript")]
     cells += [f"{row['peak_bytes'] / _GIB:.1f}", f"{row['predicted_bytes'] / _GIB:.1f}" if "predicted_bytes" in row else "-"]
     return f"| {' | '.join(cells)} |"
