@@ -813,6 +813,22 @@ class TestHalf:
         with pytest.raises(StageError, match=r"does not fit float16\n  - huge: .* is beyond float16's 65,504"):
             half.to_fp16(source, networks.made(tmp_path / "half"))
 
+    def test_activations_beyond_the_range_of_half_are_refused_by_name(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 8, 8), "factor": np.float32(60_000), "back": np.float32(1e-5)}
+        body = "[up] large = Mul(image, factor) [more] larger = Mul(large, factor) [down] x = Mul(larger, back)"
+        body += " [conv] logits = Conv(x, w)"
+        source = networks.by_hand(tmp_path / "source", body, values)
+
+        with pytest.raises(StageError, match=r"activations do not fit float16\n(.*\n)*  - larger: .* is beyond 65,504"):
+            half.to_fp16(source, networks.made(tmp_path / "half"))
+
+    def test_what_half_makes_of_the_activations_is_told(self, portable, tmp_path):
+        found = half.to_fp16(portable("residual"), tmp_path).facts["activations"]
+
+        assert 0 < found["largest"] < 65_504
+        assert found["most_lost"] == 0
+        assert found["of"] in {name for node in onnx.load(portable("residual").path).graph.node for name in node.output}
+
     def test_scales_are_rounded_up_so_that_none_is_zero_and_nothing_is_clipped(self, tmp_path):
         source = networks.by_hand(
             tmp_path / "source", "[conv] logits = Conv(image, tiny)", {"tiny": networks.weights(5, 3, 8, 8) * 1e-7}

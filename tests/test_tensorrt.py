@@ -26,7 +26,7 @@ from fake_cuda import ILLEGAL_ADDRESS, INVALID_VALUE, OUT_OF_MEMORY, FakeCuda, F
 from fake_tensorrt import World, installed
 from trt_bindings import VERSIONS
 
-from deploykit import artifact, build, recipe, runtimes
+from deploykit import artifact, build, inspect, recipe, runtimes
 from deploykit.artifact import Artifact, Format, Precision, Preprocess, Samples, TensorSpec
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
 from deploykit.jsonable import to_json
@@ -409,6 +409,34 @@ class TestLoading:
         assert "built for compute capability 8.7 (Orin, 16 SMs), TensorRT 10.3.0" in refused.value.why
         assert "here: compute capability 9.0 (NVIDIA H200, 16 SMs), TensorRT 10.3.0" in refused.value.why
         assert "Runtime()" not in world.cuda.faults.called  # TensorRT was not asked
+
+    def test_what_has_to_be_built_again_is_told_without_touching_engine_or_gpu(self, gpu, tiny, tmp_path):
+        engine = engine_of(gpu("10.3.0")[0], tiny, networks.made(tmp_path / "engine"))
+        engine.path.unlink()
+        assert runtimes.why_stale(engine) == []
+        assert inspect._preflight(engine) == "loads here"
+        _, world = gpu("10.9.0.34", cuda=FakeCuda(name="NVIDIA H200", capability=(9, 0)))
+
+        found = runtimes.why_stale(engine)
+
+        assert found == ["an engine of TensorRT 10.3.0 does not run on 10.9.0.34", "the compute capability is another one"]
+        assert inspect._preflight(engine) == f"rebuild needed because {'; and '.join(found)}"
+        assert {"cudaMalloc", "cudaStreamCreateWithFlags", "Runtime()"}.isdisjoint(world.cuda.faults.called)
+
+    def test_its_manifest_tells_the_board_the_profile_and_the_graph(self, gpu, tiny, tmp_path, monkeypatch):
+        runtime, _ = gpu()
+        monkeypatch.setattr(runtime.board, "is_jetson", lambda *_: True)
+        monkeypatch.setattr(runtime.board, "model", lambda *_: "NVIDIA Jetson Orin Nano")
+        monkeypatch.setattr(runtime.board, "l4t", lambda *_: "36.4.3")
+        monkeypatch.setattr(runtime.board, "current_mode", lambda *_: (2, "MAXN_SUPER"))
+
+        engine = engine_of(runtime, tiny, networks.made(tmp_path / "engine"), batch=(1, 2, 4))
+
+        told = {name: engine.facts["board"][name] for name in ("model", "l4t", "power_mode")}
+        assert told == {"model": "NVIDIA Jetson Orin Nano", "l4t": "36.4.3", "power_mode": "MAXN_SUPER (2)"}
+        assert engine.facts["profile"] == {"image": [[1, 3, 4, 4], [2, 3, 4, 4], [4, 3, 4, 4]]}
+        assert engine.parents == (tiny.sha256,)
+        assert (engine.settings["version_compatible"], engine.settings["hardware"]) == (False, "this")
 
     def test_an_engine_is_refused_by_another_version(self, gpu, tiny, tmp_path):
         engine = engine_of(gpu("10.3.0")[0], tiny, tmp_path / "engine")

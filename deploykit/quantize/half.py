@@ -6,6 +6,7 @@ With Q/DQ the scales' type is the type of what stays float; FP16 scales exist fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +17,26 @@ from numpy.typing import NDArray
 
 from deploykit.artifact import SAMPLES, Artifact, Precision
 from deploykit.errors import StageError
-from deploykit.runtimes import onnxruntime
+from deploykit.jsonable import JSON
+from deploykit.machine import available_cores
+from deploykit.quantize.expose import expose
+from deploykit.runtimes import onnxruntime, padded, pieces, run
 
 _FP16_MAX = float(np.finfo(np.float16).max)
+_FP16_LEAST = float(np.finfo(np.float16).smallest_subnormal)
+_LISTED = 20
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 def to_fp16(model: Artifact, folder: Path) -> Artifact:
     """Write `model.onnx` typed in float16, and its golden samples, into `folder`.
 
-    Raises StageError, naming them, when weights or scales are beyond float16's 65,504.
+    Raises StageError, naming them, when weights or scales are beyond float16's 65,504, or activations of a float graph are on its
+    golden samples. Those of an INT8 graph are those of the float graph that it was made of.
     """
     graph = ir.load(model.path)
     underflows = _convert_initializers(graph.graph)
+    seen = None if model.precision is Precision.INT8 else _activations(model, graph.graph)
     for node in graph.graph:
         for output in node.outputs:
             if output.dtype == _FLOAT:
@@ -42,8 +50,39 @@ def to_fp16(model: Artifact, folder: Path) -> Artifact:
     onnxruntime.literally(model, path, model.samples()).save(folder / SAMPLES)
     tensors = sum(value.dtype == _HALF for value in graph.graph.initializers.values())
     precision = Precision.INT8 if model.precision is Precision.INT8 else Precision.FP16
-    facts = {**model.facts, "float_type": "fp16", "tensors": tensors, "underflows": underflows}
+    facts = {**model.facts, "float_type": "fp16", "tensors": tensors, "underflows": underflows, "activations": seen}
     return replace(model, path=path, stage="quantize", precision=precision, parents=(model.sha256,), facts=facts)
+
+
+def _activations(model: Artifact, graph: ir.Graph) -> dict[str, JSON]:
+    """What float16 makes of the activations on the golden samples, image by image: the largest value, whose it is, and the
+    largest share of a tensor's values that would become zero."""
+    names = [value.name for node in graph for value in node.outputs if value.dtype == _FLOAT and value.name is not None]
+    exposed = expose(model.path, names, threads=available_cores())
+    largest, lost = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for batch in _batches(model, exposed.batch or 1):
+        answers = run(exposed.session, {exposed.source: batch})
+        for name in names:
+            values = np.abs(answers[exposed.outputs[name]].astype(np.float64))
+            values = values[np.isfinite(values)]  # what is infinite, as the fill of a pool, stays so
+            largest[name] = max(largest[name], float(values.max(initial=0)))
+            gone = (values > 0) & (values < _FP16_LEAST / 2)
+            lost[name] = max(lost[name], float(gone.sum()) / max(1, gone.size))
+    exposed.session.close()
+    problems = [f"{name}: {value:.4g} is beyond {_FP16_MAX:,.0f}" for name, value in largest.items() if value > _FP16_MAX]
+    if problems:
+        fix = "leave the network in fp32 (without --fp16)"
+        raise StageError("activations do not fit float16", problems=problems[:_LISTED], fix=fix)
+    if not names:
+        return {}
+    top, worst = max(largest, key=lambda name: largest[name]), max(lost, key=lambda name: lost[name])
+    return {"largest": largest[top], "of": top, "most_lost": lost[worst], "lost_of": worst}
+
+
+def _batches(model: Artifact, size: int) -> Iterator[NDArray[np.float32]]:
+    """The golden inputs, so many at a time."""
+    for piece in pieces(model, model.samples()):
+        yield from (padded(piece[start : start + size], size) for start in range(0, len(piece), size))
 
 
 def _convert_initializers(graph: ir.Graph) -> int:

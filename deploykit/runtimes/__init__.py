@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,6 +273,28 @@ def why_not(name: str, cpu: Cpu = "this") -> str:
     # A runtime on a GPU may load on a machine that has none.
     found: Callable[[], str] | None = getattr(module, "why_not", None)
     return found() if found is not None else ""
+
+
+def why_stale(engine: Artifact) -> list[str]:
+    """Why an engine has to be built again before this machine can load it; none when it loads, as far as its manifest tells.
+
+    Nothing of the engine is read, and no memory of a GPU taken. Raises UsageError when its manifest does not say where it was
+    built.
+    """
+    name = str(engine.facts.get("runtime"))
+    if why := why_not(name):
+        return [f"no {name} here: {why}"]
+    module = get(name)
+    found: Callable[[Artifact], list[str]] | None = getattr(module, "why_stale", None)
+    if found is not None:
+        return found(engine)
+    problems, built = [], engine.machine
+    if built is not None and (built.arch, built.features) != (platform.machine(), cpu_features()):
+        problems.append(f"it was built for {built.cpu} ({', '.join(built.features)}), and this CPU is another one")
+    version = getattr(sys.modules[REGISTRY[name].package], "__version__", None)
+    if version != engine.tools.get(name):
+        problems.append(f"it was built by {name} {engine.tools.get(name)}, and {version} is here")
+    return problems
 
 
 def run(session: Session, inputs: Tensors) -> Tensors:

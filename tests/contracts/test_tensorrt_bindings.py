@@ -249,6 +249,26 @@ class TestMisspelling:
         with capsys.disabled():
             sys.stdout.write(f"\nTensorRT {version}: {found}\n")
 
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_makes_a_name_that_no_version_has(self, version):
+        """So what hides a misspelling from mypy in the oldest and the newest version, a member of that name, is nowhere."""
+        told = trt_bindings.recorded(version)
+        names = {name for path in SOURCES for _, _, name in sites(path)}
+        arguments = {
+            argument[0]
+            for found in told.values()
+            for value in found.values()
+            for signature in value.get("signatures", ())
+            for argument in signature["takes"]
+        }
+
+        assert len(names) > 60
+        assert not {misspelled(name) for name in names} & {
+            *told,
+            *arguments,
+            *(name for found in told.values() for name in found),
+        }
+
     def test_of_a_method_that_tensorrt_calls_leaves_its_own_not_overridden(self):
         told = trt_bindings.recorded("10.3.0")
         for kind, methods in overridden().items():

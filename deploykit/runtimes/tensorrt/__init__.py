@@ -21,6 +21,7 @@ from deploykit.progress import Progress, silent
 from deploykit.runtimes import KernelTime, Realised, cudart
 from deploykit.runtimes.cudart import Cuda
 from deploykit.runtimes.onnx_nodes import Node, layers_of, read_nodes
+from deploykit.telemetry import board
 
 try:
     import tensorrt as trt
@@ -77,7 +78,13 @@ def build(
         parents=(model.sha256,),
         settings=_settings(options, workspace, threads),
         tools={"tensorrt": trt.__version__},
-        facts={"runtime": "tensorrt", "place": to_json(place), "profile": to_json(plan.profile), **plan.facts},
+        facts={
+            "runtime": "tensorrt",
+            "place": to_json(place),
+            "board": _board(),
+            "profile": to_json(plan.profile),
+            **plan.facts,
+        },
         machine=Machine.probe(),
     )
 
@@ -115,6 +122,12 @@ def _timed(name: str, ns: float, layer: EngineLayer | None, wanted: Sequence[Nod
     return KernelTime(name, layer.kind, inspector.source_of(layer, wanted), ns, layer.elements)
 
 
+def why_stale(engine: Artifact) -> list[str]:
+    """Every reason why an engine has to be built again on this machine; none when it loads. Neither the engine nor the GPU's
+    memory is touched: what its manifest says is compared with what is here."""
+    return _checked(engine, cudart.load())[0]
+
+
 def why_not() -> str:
     """Why no engine can be built or run on this machine; empty when it can."""
     version = trt.__version__
@@ -125,14 +138,19 @@ def why_not() -> str:
     return cudart.why_not()
 
 
+def _checked(engine: Artifact, cuda: Cuda) -> tuple[list[str], Place, Place]:
+    """Why an engine does not load here, where it was built, and what is here."""
+    settings = engine.settings
+    here, built = Place(platform.machine(), trt.__version__, cuda.device()), _place(engine)
+    hardware = cast(Hardware, settings.get("hardware", "this"))
+    is_version_compatible = settings.get("version_compatible") is True
+    return why_refused(built, here, version_compatible=is_version_compatible, hardware=hardware), built, here
+
+
 def _session(engine: Artifact, cuda: Cuda, *, graphs: bool = True) -> TensorRtSession:
     settings = engine.settings
     is_version_compatible = settings.get("version_compatible") is True
-    here = Place(platform.machine(), trt.__version__, cuda.device())
-    built = _place(engine)
-    problems = why_refused(
-        built, here, version_compatible=is_version_compatible, hardware=cast(Hardware, settings.get("hardware", "this"))
-    )
+    problems, built, here = _checked(engine, cuda)
     if problems:
         raise UsageError(
             f"cannot load {printable(engine.path)} on this machine",
@@ -175,6 +193,21 @@ def _inspected(content: bytes, options: Options, cuda: Cuda, log: Log) -> str:
         return text
     finally:
         session.close()
+
+
+def _board() -> dict[str, JSON]:
+    """What a Jetson is and at what it ran while tactics were timed; nothing on other machines. Not judged, but worth knowing."""
+    if not board.is_jetson():
+        return {}
+    number, mode = board.current_mode()
+    state = board.look()
+    return {
+        "model": board.model(),
+        "l4t": board.l4t(),
+        "power_mode": mode if number is None else f"{mode} ({number})",
+        "gpu_hz": state.gpu_hz,
+        "gpu_most_hz": state.gpu_most_hz,
+    }
 
 
 def _settings(options: Options, workspace_bytes: int, threads: int) -> dict[str, JSON]:
