@@ -66,7 +66,8 @@ def run(words: Sequence[str]) -> int:
     try:
         answer: Answer = asked.does(asked)
     except DeploykitError as error:
-        facts = {"what": error.what, "problems": list(error.problems), "why": error.why, "fix": error.fix}
+        fix = error.fix.replace("--output", "--root")  # advice about files names the host's option
+        facts = {"what": error.what, "problems": list(error.problems), "why": error.why, "fix": fix}
         answer = Answer({"error": facts}, error.exit_code)
     sys.stdout.write(json.dumps({**to_json_object(answer.facts), "exit_code": answer.code}, indent=1) + "\n")
     return answer.code
@@ -198,6 +199,7 @@ def check_parity(asked: argparse.Namespace) -> Answer:
     root, id = asked.root, asked.id
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
+        _require_space(root, 0)
         engine = _engine(root, id, asked.engine)
         health = slots.read_health(root, id)
         found = health.checked.get(engine.folder.name)
@@ -215,6 +217,7 @@ def measure(asked: argparse.Namespace) -> Answer:
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
         manifest, engine = _check_release(root, id), _engine(root, id, asked.engine)
+        _require_space(root, 0)
         found = _proven(root, id, engine)
         settings = {"processes": asked.processes, "queries": asked.queries, "warmup": 5, "seed": 0}
         report = benchmark.benchmark({id: engine}, **settings, offline_batches=[1], offline_seconds=0.0)
@@ -237,6 +240,7 @@ def activate(asked: argparse.Namespace) -> Answer:
             return Answer({"id": id, "activated": False})
         _refuse_other(root, manifest, asked.allow_downgrade)
         slots.refuse_during_trial(root, id)
+        _require_space(root, 0)
         engine = _checked_engine(root, id, asked.engine)
         found = _proven(root, id, engine)
         verdicts = _verdicts(id, found, manifest)

@@ -3,6 +3,7 @@
     releases/<bundle id>/      a bundle's files, by digest and by name; never changed once it has this name
     current, previous          links to two of them
     state.json                 what is being done, which release waits to be confirmed, and under which numbers releases came
+    reserve                    space that is given up when the disk is full, so that a way back can be written down
     health/<bundle id>.json    what was said of each engine of a release, and which one runs
 
 What is going to be done is on the disk before it is done, so `recover` knows without guessing what a power cut left. A link is
@@ -16,6 +17,7 @@ This module runs on devices: standard library only, Python 3.10.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import publish
-from deploykit.errors import UsageError, printable, translating_os_errors
+from deploykit.errors import DeploykitError, UsageError, printable, translating_os_errors
 from deploykit.gate import Verdict
 from deploykit.jsonable import to_json
 
 RELEASES, ENGINES, HEALTH, CURRENT, PREVIOUS, STATE = "releases", "engines", "health", "current", "previous", "state.json"
+RESERVE = "reserve"
 _SCHEMA = 1
+_RESERVE_BYTES = 64 << 10
 _ID = re.compile(r"[0-9a-f]{64}")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -155,8 +159,11 @@ def install(root: Path, id: str, fill: Callable[[Path], None]) -> bool:
     """
     final = release_folder(root, id)
     if final.is_dir():
+        _fsync(final.parent)  # whoever gave it this name may have been killed before the name was on the disk
         return False
     make_folder(root / RELEASES)
+    if not (root / RESERVE).is_file():
+        publish.write_file(root / RESERVE, bytes(_RESERVE_BYTES))
     with publish.directory(final) as folder:
         fill(folder)
     return True
@@ -400,8 +407,17 @@ def _trial(value: Any) -> Trial | None:
 
 
 def _write_state(root: Path, state: State) -> None:
-    content: Mapping[str, Any] = {"schema": _SCHEMA, **_object(to_json(state))}
-    publish.write_file(root / STATE, (json.dumps(content, indent=1) + "\n").encode())
+    """Replace `state.json`. On a full disk the reserve is given up first: going back is what such a device may need most."""
+    value: Mapping[str, Any] = {"schema": _SCHEMA, **_object(to_json(state))}
+    content = (json.dumps(value, indent=1) + "\n").encode()
+    try:
+        publish.write_file(root / STATE, content)
+    except DeploykitError as error:
+        is_full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full or not (root / RESERVE).exists():
+            raise
+        publish.remove(root / RESERVE)
+        publish.write_file(root / STATE, content)
 
 
 def _object(value: Any) -> Mapping[str, Any]:

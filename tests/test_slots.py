@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +152,53 @@ except DeploykitError as error: print(error)
         assert slots.recover(tmp_path, NOW)[-1] == f"undid activating {C}"
 
         assert links(tmp_path) == (B, A)
+
+
+class TestAFullDisk:
+    @pytest.fixture
+    def root(self, tmp_path):
+        """A device on a file system of 512 KiB, with a release to go back to and not one byte left."""
+        root = tmp_path / "full"
+        root.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(root)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("wants the right to mount a small tmpfs (root, or CAP_SYS_ADMIN)")
+        activate(installed(root, A, B), A)
+        activate(root, B, within_s=60)
+        with (root / "log").open("wb", buffering=0) as log, suppress(OSError):
+            while True:
+                log.write(bytes(4096))
+        yield root
+        subprocess.run(["umount", root], check=True)
+
+    def test_going_back_needs_no_space(self, root):
+        assert slots.rollback(root) == A
+        assert (running(root), slots.read_state(root).doing) == (A, None)
+
+    def test_a_trial_that_runs_out_still_goes_back(self, root):
+        assert slots.recover(root, Moment("boot two", 0.0)) == [f"went back from {B}, which was not confirmed"]
+        assert running(root) == A
+
+    def test_the_reserve_is_there_again_after_the_next_install(self, root):
+        slots.rollback(root)
+        assert not (root / "reserve").exists()
+        (root / "log").unlink()
+
+        installed(root, C)
+
+        assert (root / "reserve").stat().st_size == 64 << 10
+
+    def test_without_the_reserve_the_old_state_stays_and_the_reason_is_told(self, root):
+        (root / "reserve").unlink()
+        (root / "log").write_bytes(bytes(300 << 10))
+        with (root / "log").open("ab", buffering=0) as log, suppress(OSError):
+            while True:
+                log.write(bytes(4096))
+
+        with pytest.raises(DeploykitError, match="no space left on device"):
+            slots.rollback(root)
+
+        assert running(root) == B
 
 
 class TestTrials:
