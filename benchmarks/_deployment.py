@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,9 @@ def started(
         try:
             yield process
         finally:
+            if strace is not None and not process.has_ended:
+                os.kill(pid, signal.SIGKILL)
+                strace.kill()  # one that holds a call back does not let even a killed process go
             process.end()
             if strace is not None:
                 strace.communicate(timeout=60)
@@ -232,8 +236,13 @@ def changing(log: Path, root: Path) -> list[Point]:
             continue
         counts[name] += 1
         if changes:
-            found.append(Point(name, counts[name], call.strip().replace(str(root), "ROOT")))
+            found.append(Point(name, counts[name], shown(call, root)))
     return found
+
+
+def shown(call: str, root: Path) -> str:
+    """A call of the trace without the folders of this machine."""
+    return re.sub(r"AT_FDCWD<[^>]*>", "AT_FDCWD", call.strip().replace(str(root), "ROOT"))[:300]
 
 
 def copy(start: Path, root: Path) -> None:

@@ -6,7 +6,8 @@ Needs root, strace, e2fsprogs and xfsprogs. A device's folder lies on a loop dev
 each call (SIGSTOP by strace); the file behind the loop device is copied as it is then, without any sync, at once or up to 1.2 s
 later, so that the kernel has written back some of it by itself; the copy is mounted, by which the journal is replayed, and
 judged: which release answers, is everything there whose success the process had told before the cut, and does `recover` finish
-or undo the rest? ext4 commits every second here instead of every five, which leaves more states between.
+or undo the rest? ext4 commits every second here instead of every five, which leaves
+more states between.
 
 With --control every fsync is skipped (strace answers it with success). That has to lose something, or the method sees nothing.
 
@@ -43,8 +44,10 @@ MODES = {
     "ext4 noauto_da_alloc, data=writeback": ("ext4", 96, "commit=1,noauto_da_alloc,data=writeback"),
     "xfs": ("xfs", 320, "nouuid"),
 }
-# openat is left out: a file that was just created differs in nothing but an empty name from its first write.
-CALLS = tuple(name for name in _deployment.CALLS if name not in ("openat", "chmod", "fchmod", "utimensat"))
+# Left out: openat, for a file that was just created differs in nothing but an empty name from its first write; and the calls
+# that copy between files, which a waiting signal interrupts for ever. What they wrote is cut at the next call.
+_NO_STATE = ("openat", "sendfile", "copy_file_range", "chmod", "fchmod", "utimensat")
+CALLS = tuple(name for name in _deployment.CALLS if name not in _NO_STATE)
 DELAYS = (*[0.0] * 8, *[0.02] * 4, *[0.1] * 2, 0.3, 1.2)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LOOP_SET_FD, _LOOP_CLR_FD, _LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C82
@@ -61,19 +64,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("mounting file systems needs root")
+    began, cuts = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch, _mounted("tmpfs", "tmpfs", Path(scratch), SPACE):
         courses, ids = _deployment.scenarios(Path(scratch))
-        began, cuts = time.monotonic(), []
         draws = random.Random(0)
         for time_number in range(arguments.times):
             for mode in arguments.modes:
                 for scenario in courses:
                     if scenario.name in arguments.courses:
-                        cuts += _course(scenario, ids, Path(scratch), mode, time_number, draws, arguments.control)
-        seconds = time.monotonic() - began
+                        some = _course(scenario, ids, Path(scratch), mode, time_number, draws, arguments.control)
+                        bad = sum(bool(cut["problems"]) for cut in some)
+                        print(f"{mode}, {scenario.name}, {time_number}: {len(some)} cuts, with problems {bad}", flush=True)
+                        cuts += some
+            seconds, name = time.monotonic() - began, "deploy_power_cuts" + ("_control" if arguments.control else "")
+            write(name, {"cuts": cuts, "seconds": seconds, "without_fsync": arguments.control}, arguments.output)
     _summary(cuts, seconds)
-    name = "deploy_power_cuts" + ("_control" if arguments.control else "")
-    write(name, {"cuts": cuts, "seconds": seconds, "without_fsync": arguments.control}, arguments.output)
     bad = any(cut["problems"] for cut in cuts)
     sys.exit(1 if bad != arguments.control else 0)
 
@@ -86,7 +91,12 @@ def _mounted(kind: str, source: str, at: Path, options: str) -> Iterator[Path]:
     try:
         yield at
     finally:
-        _checked(_LIBC.umount2(os.fsencode(at), 0), f"unmount {at}")
+        for attempt in range(100):  # the kernel lets go of a loop device a moment after it is told to
+            if _LIBC.umount2(os.fsencode(at), 0) == 0:
+                break
+            if attempt == 99:
+                raise OSError(ctypes.get_errno(), f"unmount {at}: {os.strerror(ctypes.get_errno())}")
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -158,7 +168,7 @@ def _course(
                 time.sleep(delay)
                 told = _deployment.reports(process.output)
                 found = _judged(image, kind, options, scratch, scenario, ids, told)
-                line = stop.partition(" ")[2].strip().replace(str(root), "ROOT")[:200]
+                line = _deployment.shown(stop.partition(" ")[2], root)[:100]
                 where = {"mode": mode, "course": scenario.name, "time": number, "call": line, "after_s": delay}
                 cuts.append({**where, "told": len(told), **found})
             ended = process.wait()

@@ -107,12 +107,14 @@ def python(cpu: Cpu, arm_root: Path | None) -> tuple[list[str], dict[str, str]]:
         return [tool, "-cpu", cpu.model, sys.executable], {"OPENBLAS_CORETYPE": "Nehalem"}
     if arm_root is None:
         why = "it takes a folder with a 64-bit ARM Python and ONNX Runtime in it"
-        raise CapabilityError(f"{cpu.name} cannot be emulated", why=why, fix="benchmarks/arm64_root.py makes one for --arm-root")
+        raise CapabilityError(
+            f"{cpu.name} cannot be emulated", why=why, fix="`deploykit device emulate DIR` makes one for --arm-root"
+        )
     pythons = sorted(arm_root.glob("usr/bin/python3.*[0-9]"))
     site = arm_root / "opt" / "site"
     if not pythons or not (site / "onnxruntime").is_dir():
         why = "usr/bin/python3.* or opt/site/onnxruntime is missing"
-        raise UsageError(f"{printable(arm_root)} is no 64-bit ARM root", why=why, fix="benchmarks/arm64_root.py makes one")
+        raise UsageError(f"{printable(arm_root)} is no 64-bit ARM root", why=why, fix="deploykit device emulate makes one")
     ours = Path(__file__).parents[1]  # last: where deploykit is installed, this machine's own numpy lies beside it
     environment = {"PYTHONPATH": f"{site.absolute()}{os.pathsep}{ours}", "PYTHONDONTWRITEBYTECODE": "1"}
     return [tool, "-L", str(arm_root.absolute()), "-cpu", cpu.model, str(pythons[0].absolute())], environment

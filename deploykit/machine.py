@@ -22,6 +22,9 @@ _FEATURES = {
 }
 _DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _CPU_INFO = Path("/proc/cpuinfo")
+_KERNEL_ARCH = Path("/proc/sys/kernel/arch")  # since Linux 6.1; qemu-user answers uname, and passes this file on
+_OF_ONE_CPU = ({"x86_64", "i386", "i486", "i586", "i686"}, {"aarch64", "armv8l", "armv7l"})
+_EMULATED = "emulated"
 _PACKAGES = ("deploykit", "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 
 
@@ -47,7 +50,7 @@ class Machine:
         """
         return cls(
             arch=platform.machine(),
-            cpu=_field(_read(_CPU_INFO), "model name") or platform.processor() or "unknown",
+            cpu=_cpu(),
             features=cpu_features(),
             cores=available_cores(),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -66,6 +69,11 @@ class Machine:
     def identity(self) -> tuple[object, ...]:
         """What must be equal for two measurements, or an engine and its reader, to belong together."""
         return (self.arch, self.cpu, self.features, self.cores, self.gpu)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether another CPU pretends to be this one: answers are the same, and how long they take means nothing."""
+        return _EMULATED in self.cpu
 
     @property
     def has_int8_dot_product(self) -> bool:
@@ -113,6 +121,14 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu() -> str:
+    """The CPU's name, with a word when the kernel is one for another architecture than this process."""
+    name = _field(_read(_CPU_INFO), "model name") or platform.processor() or "unknown"
+    kernel, here = _read(_KERNEL_ARCH).strip(), platform.machine()
+    is_native = not kernel or kernel == here or any({kernel, here} <= family for family in _OF_ONE_CPU)
+    return name if is_native or _EMULATED in name else f"{name}, {_EMULATED}"
 
 
 def _gpu() -> str | None:

@@ -5,6 +5,7 @@ usage: python tests/hostile_bundles.py GOOD.bundle FOLDER        writes them all
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -132,11 +134,30 @@ def _zips(entries: Entries, whole: bytes) -> list[tuple[str, bytes]]:
         ("only an end", whole[-22:]),
         ("a tar file", b"bundle.json".ljust(257, b"\0") + b"ustar\0" + bytes(2000)),
     ]
+    tars = {"hard link": tarfile.LNKTYPE, "symlink": tarfile.SYMTYPE, "device": tarfile.CHRTYPE, "fifo": tarfile.FIFOTYPE}
+    found += [(f"a tar file with a {name}", _tarred(entries, blob, kind)) for name, kind in tars.items()]
+    found.append(("a tar file with a path escape", _tarred({**entries, "../../evil": b"evil"}, "", tarfile.REGTYPE)))
+    found.append(("compressed by gzip", gzip.compress(whole, mtime=0)))
     gap = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, length, start + 4, 0)
     found.append(("gap before the directory", whole[:start] + b"evil" + whole[start:-22] + gap))
     found += [("directory in another order", _reordered(whole, start, length))]
     found += _headers(whole, first, content, start)
     return found
+
+
+def _tarred(entries: Entries, special: str, kind: bytes) -> bytes:
+    """The same files as a tar, the one called `special` as something else than a file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in entries.items():
+            info = tarfile.TarInfo(name)
+            if name == special:
+                info.type, info.linkname = kind, "/etc/passwd"
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
 
 
 def _reordered(whole: bytes, start: int, length: int) -> bytes:
@@ -375,6 +396,14 @@ def _folders(entries: Entries, folder: Path) -> list[Hostile]:
         (place / blob).unlink()
         os.mkfifo(place / blob)
 
+    def device(place: Path) -> None:
+        (place / blob).unlink()
+        os.mknod(place / blob, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+
+    def socket_file(place: Path) -> None:
+        (place / blob).unlink()
+        os.mknod(place / blob, stat.S_IFSOCK | 0o666)
+
     changes: dict[str, Callable[[Path], None]] = {
         "folder with a link out": link(blob),
         "folder with a linked manifest": link(MANIFEST),
@@ -386,6 +415,8 @@ def _folders(entries: Entries, folder: Path) -> list[Hostile]:
         "folder with a hidden file": lambda place: (place / ".profile").write_text("evil") and None,
         "folder with an odd name": lambda place: Path(os.fsdecode(bytes(place) + b"/\xff\xfe")).write_text("x") and None,
         "folder with an extra file": lambda place: (place / "run.sh").write_text("evil") and None,
+        "folder with a socket": socket_file,
+        **({"folder with a device file": device} if os.geteuid() == 0 else {}),  # only root may make one
         "folder without a manifest": lambda place: (place / MANIFEST).unlink(),
         "folder with a blob missing": lambda place: (place / blob).unlink(),
     }

@@ -16,7 +16,20 @@ import deploykit
 
 PACKAGE = Path(deploykit.__file__).parent
 FLOORS = (
-    {"errors", "publish", "jsonable", "progress", "gate", "machine", "artifact", "recipe", "scenes", "intake", "telemetry"},
+    {
+        "errors",
+        "publish",
+        "jsonable",
+        "progress",
+        "gate",
+        "machine",
+        "artifact",
+        "recipe",
+        "scenes",
+        "intake",
+        "telemetry",
+        "arm64",
+    },
     {"models", "data", "runtimes", "targets", "slots", "remote"},
     {
         *("finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign"),

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from deploykit import benchmark, build
 from deploykit.artifact import Artifact, read_artifact, write_manifest
+from deploykit.benchmark import judge
 from deploykit.benchmark.report import BenchmarkReport, Process
 from deploykit.benchmark.scenarios import NullSession, offline, single_stream
 from deploykit.errors import DeploykitError, UsageError
+from deploykit.gate import Verdict, parse_rule
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 
@@ -295,6 +297,14 @@ class TestWhatCounts:
 
         assert report.counted == report.processes
         assert max(report.engine("a").medians_ns) == 9000
+
+    def test_time_on_an_emulated_cpu_proves_nothing_and_opens_no_gate(self):
+        latencies = {"a": [10, 10, 10, 10, 10]}
+        real, emulated = (timings.report(latencies, machine=replace(timings.HERE, cpu=cpu)) for cpu in ("A76", "A76, emulated"))
+
+        assert judge.judge(parse_rule("latency <= 1 ms"), real, "a").verdict is Verdict.PASS
+        assert judge.judge(parse_rule("latency <= 1 ms"), emulated, "a").verdict is Verdict.CANNOT_TELL
+        assert "the CPU is an emulated one (A76, emulated), on which time means nothing" in emulated.verdict
 
     def test_a_disturbed_process_counts_where_there_are_too_few_others(self):
         ran = [timings.process("a", n, again=again, **DISTURBED) for again in (False, True) for n in (1, 2)]

@@ -400,7 +400,7 @@ class TestHostileBundles:
 
         with capsys.disabled():
             sys.stdout.write(f" {len(hostile)} hostile bundles refused ")
-        assert len(hostile) >= 140
+        assert len(hostile) >= 150
         assert accepted == []
         assert not root.exists()
         assert everything_below(tmp_path) == before

@@ -50,6 +50,25 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 class TestProbing:
+    @pytest.mark.parametrize(
+        ("kernel", "here", "emulated"),
+        [
+            ("x86_64", "aarch64", True),
+            ("aarch64", "x86_64", True),
+            ("x86_64", "x86_64", False),
+            ("x86_64", "i686", False),
+            ("aarch64", "armv8l", False),
+            ("", "aarch64", False),
+        ],
+    )
+    def test_a_cpu_that_the_kernel_is_not_for_is_emulated(self, files, monkeypatch, kernel, here, emulated):
+        files["/proc/cpuinfo"], files["/proc/sys/kernel/arch"] = "model name\t: Cortex-A76\n", f"{kernel}\n"
+        monkeypatch.setattr(machine.platform, "machine", lambda: here)
+
+        found = Machine.probe()
+
+        assert (found.is_emulated, found.cpu) == (emulated, "Cortex-A76, emulated" if emulated else "Cortex-A76")
+
     def test_this_machine_says_what_it_is(self):
         here = Machine.probe()
 

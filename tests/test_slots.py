@@ -385,7 +385,7 @@ class TestKills:
             pytest.skip("wants the right to trace a process (CAP_SYS_PTRACE)")
         points, outcomes = changing(log, root), Counter[str]()
 
-        for name, number in points[::2] + points[-1:]:  # every second one here; all of them in benchmarks/deploy_kill_sweep.py
+        for name, number in points[::2] + points[-1:]:  # every second one here; all in benchmarks/deploy_faults.py
             shutil.rmtree(root)
             shutil.copytree(start, root, symlinks=True)
             code = traced(root, "-e", f"inject={name}:signal=KILL:when={number}", log=log)

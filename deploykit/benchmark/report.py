@@ -203,7 +203,9 @@ class BenchmarkReport:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why the run is not valid; empty when it is."""
-        return validity.doubts({engine.label: engine.processes for engine in self.engines}, self.counted)
+        found = validity.doubts({engine.label: engine.processes for engine in self.engines}, self.counted)
+        emulated = f"the CPU is an emulated one ({self.machine.cpu}), on which time means nothing"
+        return ((emulated,) if self.machine.is_emulated else ()) + found
 
     @property
     def verdict(self) -> str:

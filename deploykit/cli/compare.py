@@ -239,7 +239,7 @@ def _refuse_beside_instructions(table: Mapping[str, Any], gates: tuple[str, ...]
     "--arm-root",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder with a 64-bit ARM Python and ONNX Runtime, as benchmarks/arm64_root.py makes it; for ARM CPUs.",
+    help="Folder with a 64-bit ARM Python and ONNX Runtime, as `deploykit device emulate` makes it; for ARM CPUs.",
 )
 @click.option("--labelled", is_flag=True, help="The sub-folders of --data are the classes: compare the accuracy of both as well.")
 @click.option("--gate", "gates", multiple=True, metavar="RULE", help="A rule of decisions, such as 'agreement >= 99 %'.")

@@ -1,4 +1,4 @@
-"""Connections to devices: run a command there, put a file, get a file; `local` and `ssh://[user@]host[:port]`.
+"""Connections to devices: run a command there, put a file, get a file; `local`, `ssh://[user@]host[:port]`, `emulated://FOLDER`.
 
 What a connection owes is `Connection`, and `tests/contracts/test_connection_contract.py` says it in examples. Another kind
 (adb, a serial line) is one class: one that can turn the words of a command into the words of a local process inherits the
@@ -14,12 +14,14 @@ from typing import Protocol
 
 from deploykit.errors import UsageError, printable
 from deploykit.progress import Progress, silent
+from deploykit.remote.emulated import Emulated
 from deploykit.remote.process import Done, Local, Talk
 from deploykit.remote.ssh import Ssh
 
 __all__ = ["Connection", "Done", "Talk", "connect"]
 
 SILENCE_S = 120.0
+_EMULATED = "emulated://"
 _SSH = re.compile(r"ssh://(?:(?P<user>[^@/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%]+\]|[^@:/\s\[\]]+)(?::(?P<port>[0-9]{1,5}))?/?")
 
 
@@ -59,7 +61,8 @@ class Connection(Protocol):
 
 
 def connect(address: str, *, ssh_config: Path | None = None, host_key: str | None = None) -> Connection:
-    """A connection to `local`, or to `ssh://[user@]host[:port]` through the system's OpenSSH and the user's own settings.
+    """A connection to `local`, to `ssh://[user@]host[:port]` through the system's OpenSSH and the user's own settings, or to
+    `emulated://FOLDER`, a 64-bit ARM root on this machine.
 
     `ssh_config` replaces the user's ssh_config(5). `host_key`, such as `ssh-ed25519 AAAA...`, is the only key that is believed.
     Raises UsageError for another address, for a host that is not known or whose key changed (with the command that accepts
@@ -67,6 +70,8 @@ def connect(address: str, *, ssh_config: Path | None = None, host_key: str | Non
     """
     if address == "local":
         return Local()
+    if address.startswith(_EMULATED):
+        return Emulated(Path(address.removeprefix(_EMULATED)))
     found = _SSH.fullmatch(address)
     port = None if found is None or found["port"] is None else int(found["port"])
     if (
@@ -76,5 +81,7 @@ def connect(address: str, *, ssh_config: Path | None = None, host_key: str | Non
         or port == 0
         or (port or 0) > 65535
     ):
-        raise UsageError(f"{printable(address)!r} is no address of a device", fix="local, or ssh://[user@]host[:port]")
+        raise UsageError(
+            f"{printable(address)!r} is no address of a device", fix="local, ssh://[user@]host[:port], or emulated://FOLDER"
+        )
     return Ssh(found["host"].strip("[]"), user=found["user"], port=port, config=ssh_config, host_key=host_key)
