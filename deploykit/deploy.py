@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import bundle, lease
-from deploykit.bundle import DEVICE_HALF, Bundle
+from deploykit.bundle import DEVICE_HALF, Bundle, incoming
 from deploykit.device import BUILD_SILENCE_S, ROOT, Device, Lease, sendable
 from deploykit.errors import DeploykitError, LineError, UsageError, printable
 from deploykit.progress import Progress, silent
@@ -23,6 +23,7 @@ from deploykit.remote import Connection
 
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 _ROUNDS = 3  # of sending what came damaged
+_MOST_RUNS = 20_000  # of blocks, so that the line that names them stays below its limit
 _DONE = 0
 _IS_HELD = "is being changed by another process"
 
@@ -138,6 +139,22 @@ def deploy(
     )
 
 
+@dataclass(frozen=True)
+class _Sending:
+    """A blob to send: how much of its beginning is there, or which runs of its blocks."""
+
+    blob: bundle.Blob
+    part: int
+    keep: list[tuple[int, int]]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes go over."""
+        ends = (min(self.blob.size, (first + count) * incoming.BLOCK) for first, count in self.keep)
+        kept = sum(end - first * incoming.BLOCK for end, (first, _) in zip(ends, self.keep, strict=True))
+        return self.blob.size - self.part - kept
+
+
 class _Steps:
     """One attempt, from whatever the one before has left."""
 
@@ -195,8 +212,8 @@ class _Steps:
     def _bring(self) -> dict[str, Any]:
         """Send the blobs that the device lacks, each from where it was cut. Raises DeploykitError when they stay damaged."""
         answer: dict[str, Any] = {}
-        for _ in range(_ROUNDS):
-            lacking = self._lacking()
+        for count in range(_ROUNDS):
+            lacking = self._lacking(by_blocks=not count)
             if not lacking:
                 return answer
             answer = self._ask("receive", self._id, stdin=self._pieces(lacking))
@@ -204,23 +221,40 @@ class _Steps:
                 return answer
         raise DeploykitError(f"{self._device.name} keeps getting damaged blobs", problems=list(map(str, answer["damaged"]))[:20])
 
-    def _lacking(self) -> list[tuple[bundle.Blob, int]]:
-        """The blobs that are not there, and how much of each is. What the device says is checked against the manifest."""
+    def _lacking(self, *, by_blocks: bool) -> list[_Sending]:
+        """The blobs that are not there, and what is there of each. What the device says is checked against the manifest."""
         known = {blob.sha256: blob for blob in self._opened.manifest.files.values()}
         answer = self._ask("missing", self._id, *self._downgrade())
         try:
-            found = [(known[item["sha256"]], int(item["part"])) for item in answer["missing"]]
+            found = [(known[item["sha256"]], int(item["part"]), list(map(str, item["sums"]))) for item in answer["missing"]]
         except (KeyError, TypeError, ValueError) as error:
             raise DeploykitError(f"{self._device.name} lacks blobs that the bundle has not") from error
-        return [(blob, part if 0 <= part <= blob.size else 0) for blob, part in found]
+        return [
+            _Sending(blob, part if 0 <= part <= blob.size else 0, self._same(blob, sums) if by_blocks and not part else [])
+            for blob, part, sums in found
+        ]
 
-    def _pieces(self, lacking: list[tuple[bundle.Blob, int]]) -> Iterator[bytes]:
-        total = sum(blob.size - part for blob, part in lacking)
+    def _same(self, blob: bundle.Blob, sums: list[str]) -> list[tuple[int, int]]:
+        """The runs of blocks, first and count, that a blob has in common with what it replaces there."""
+        if not sums:
+            return []
+        runs: list[tuple[int, int]] = []
+        for number, (ours, theirs) in enumerate(zip(incoming.sums(bundle.pieces(self._opened, blob)), sums, strict=False)):
+            if ours == theirs and runs and sum(runs[-1]) == number:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            elif ours == theirs:
+                runs.append((number, 1))
+        return runs[:_MOST_RUNS]
+
+    def _pieces(self, lacking: list[_Sending]) -> Iterator[bytes]:
+        total = sum(sending.bytes for sending in lacking)
         done = 0
-        for blob, part in lacking:
-            yield json.dumps({"sha256": blob.sha256, "offset": part}).encode() + b"\n"
-            self._count.blobs.add(blob.sha256)
-            for piece in sendable(bundle.pieces(self._opened, blob), part):
+        for sending in lacking:
+            header = {"sha256": sending.blob.sha256, "offset": sending.part, "keep": sending.keep}
+            yield json.dumps(header).encode() + b"\n"
+            self._count.blobs.add(sending.blob.sha256)
+            pieces = sendable(bundle.pieces(self._opened, sending.blob), sending.part)
+            for piece in _without(pieces, sending.keep):
                 yield piece
                 done += len(piece)
                 self._count.sent_bytes += len(piece)
@@ -263,3 +297,17 @@ class _Steps:
                 if self._patient is None or reason not in str(error) or time.monotonic() > until:
                     raise
                 self._patient(1.0)
+
+
+def _without(pieces: Iterator[bytes], keep: list[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes that are not in runs of blocks that are kept; with any, pieces are whole blocks but for the last."""
+    if not keep:
+        yield from pieces
+        return
+    kept = {number for first, count in keep for number in range(first, first + count)}
+    number = 0
+    for piece in pieces:
+        for start in range(0, len(piece), incoming.BLOCK):
+            if number not in kept:
+                yield piece[start : start + incoming.BLOCK]
+            number += 1

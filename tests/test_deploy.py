@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sshd import Sshd, sshd
 from test_agent import NO_GATE, packed
 from test_bundle import allowed, ssh_key, tiny_run
@@ -83,10 +86,15 @@ class TestDeployingOverSsh:
         before = written(root)
         again = to_device(bundles["adds"])
         assert (again.code, again.activated, again.sent_bytes, again.sent_blobs) == (0, False, 0, 0)
-        assert {
-            str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name[0] != "."
-        } == before
+        assert written(root) == before
+        np.save(root.parent / "pixels.npy", np.ones((1, 2, 2), np.float32))
+        there = Device(Local(), str(root), python=sys.executable)
+        assert np.all(np.array(there.ask("infer", str(root.parent / "pixels.npy"))["answer"]) == 2.0)
 
+        with there.lease("alice@desk") as held:
+            with pytest.raises(DeploykitError, match="alice@desk has been deploying there for"):
+                to_device(bundles["multiplies"])
+            held.require()
         other = to_device(bundles["multiplies"])
         known = {blob.sha256 for blob in manifest_of(bundles["adds"]).files.values()}
         new = {blob.sha256: blob.size for blob in manifest_of(bundles["multiplies"]).files.values() if blob.sha256 not in known}
@@ -295,6 +303,34 @@ class TestWhatComes:
         assert incoming.receive(root, manifest, self.stream({sha: content}, offset=500)) == ([], [sha])
         assert not part.exists()
         assert sha in {blob.sha256 for blob in incoming.lacking(root, manifest)}
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.integers(0, 9), max_size=6), st.integers(-40_000, 40_000), st.booleans())
+    def test_blocks_that_are_the_same_in_what_runs_do_not_come_again(self, tmp_path_factory, changed, longer, is_damaged):
+        """Whatever blocks changed and however the length did, the blob is right afterwards, or thrown away."""
+        place = tmp_path_factory.mktemp("blocks")
+        old = bytearray(np.random.default_rng(0).bytes(10 * incoming.BLOCK + 77))
+        new = bytearray(old[: len(old) + min(longer, 0)] + bytes(max(longer, 0)))
+        for block in changed:
+            new[block * incoming.BLOCK : block * incoming.BLOCK + 3] = b"new"
+        (place / "old").write_bytes(old)
+        wanted = hashlib.sha256(new).hexdigest()
+        manifest = bundle.Manifest("net", 1, (), {"graph": bundle.Blob(wanted, len(new))})
+        files = type("Files", (), {"sizes": {f"blobs/{wanted}": len(new)}, "pieces": lambda self, name: iter([bytes(new)])})()
+        opened = bundle.Bundle(place, manifest, b"", None, files)
+        steps = deploy._Steps(opened, None, How(), deploy._Count(), lambda *words: None, None)
+        blob = manifest.portable["graph"]
+        keep = steps._same(blob, list(incoming.sums([bytes(old)])))
+        stream = b"".join(steps._pieces([deploy._Sending(blob, 0, keep)]))
+        if is_damaged:
+            (place / "old").write_bytes(bytes(len(old)))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(incoming, "_replaced", lambda root, manifest, blob: place / "old")
+            came, damaged = incoming.receive(place, manifest, io.BytesIO(stream))
+
+        assert (came, damaged) == (([], [wanted]) if is_damaged and keep else ([wanted], []))
+        assert len(stream) < (len(set(changed)) + 4) * incoming.BLOCK + max(longer, 0) + 400
 
     def test_what_lies_there_damaged_is_lacking(self, coming):
         root, manifest, blobs = coming

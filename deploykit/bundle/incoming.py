@@ -7,6 +7,10 @@ A blob that an installed release has is not sent again. The beginning of a blob 
 of it is hashed, and thrown away when that is not its name (a transfer that is resumed by its length alone goes on after
 damaged bytes, and reports success).
 
+A network whose head changed is one new blob, of which most bytes are those of the release that runs. So for a blob whose name
+that release has, too, the sums of its blocks are told, and blocks that are the same are taken from there. The sums only save
+bytes: what counts is the digest of the whole.
+
 This module runs on devices: standard library only, Python 3.10.
 """
 
@@ -15,11 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from deploykit import artifact, bundle, publish, slots
 from deploykit.bundle import Blob, Manifest
@@ -27,16 +31,19 @@ from deploykit.errors import DeploykitError, UsageError, printable, translating_
 
 INCOMING = "incoming"
 _PART = ".part"
-_PIECE, _LONGEST_HEADER = 1 << 20, 300
+BLOCK = 1 << 14
+_SUM, _WORTH = 16, 4 * BLOCK
+_PIECE, _LONGEST_HEADER = 1 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
 class Lacking:
-    """A blob that is not there, and how many bytes of its beginning are."""
+    """A blob that is not there, how many bytes of its beginning are, and the sums of the blocks of what it replaces."""
 
     sha256: str
     bytes: int
     part: int
+    sums: tuple[str, ...] = ()
 
 
 def folder(root: Path, id: str) -> Path:
@@ -96,13 +103,23 @@ def lacking(root: Path, wanted: Manifest) -> list[Lacking]:
         if not _is_there(arrived, blob):
             (_blobs(root) / blob.sha256).unlink(missing_ok=True)
             part = _blobs(root) / (blob.sha256 + _PART)
-            size = part.stat().st_size if part.is_file() else 0
-            found.append(Lacking(blob.sha256, blob.size, size if size <= blob.size else 0))
+            size = part.stat().st_size if part.is_file() and part.stat().st_size <= blob.size else 0
+            base = None if size else _replaced(root, wanted, blob)
+            found.append(Lacking(blob.sha256, blob.size, size, () if base is None else sums(_pieces(base))))
     return found
 
 
+def sums(pieces: Iterable[bytes]) -> tuple[str, ...]:
+    """A short sum of each block; every piece but the last is a whole number of blocks."""
+    blocks = (piece[start : start + BLOCK] for piece in pieces for start in range(0, len(piece), BLOCK))
+    return tuple(hashlib.sha256(block).hexdigest()[:_SUM] for block in blocks)
+
+
 def receive(root: Path, wanted: Manifest, stream: BinaryIO) -> tuple[list[str], list[str]]:
-    """Take blobs from a stream, each after a line of JSON (`sha256`, `offset`); those that came, and those that were damaged.
+    """Take blobs from a stream, each after a line of JSON; those that came, and those that were damaged.
+
+    The line says `sha256`; `offset`, where it goes on; and `keep`, runs of blocks `[first, count]` that are taken from the
+    file that it replaces.
 
     A blob gets its name after all of it was hashed and is on the disk. When the stream ends early its beginning is kept.
     Raises UsageError for a blob that nobody asked for, DeploykitError when the stream ends early or the disk refuses.
@@ -115,11 +132,12 @@ def receive(root: Path, wanted: Manifest, stream: BinaryIO) -> tuple[list[str], 
         try:
             header = json.loads(line)
             blob, offset = blobs[header["sha256"]], int(header["offset"])
+            keep = [range(int(first), int(first) + int(count)) for first, count in header.get("keep", [])]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError("what came is no blob of this bundle", why=printable(str(error))[:200]) from error
         part = _blobs(root) / (blob.sha256 + _PART)
         with translating_os_errors("write", part):
-            is_good = _append(part, blob, offset, stream)
+            is_good = _append(part, blob, offset, _Woven(stream, _replaced(root, wanted, blob), keep) if keep else stream)
             if is_good:
                 part.rename(_blobs(root) / blob.sha256)
             else:
@@ -147,7 +165,7 @@ def clear_all(root: Path) -> bool:
     return there
 
 
-def _append(part: Path, blob: Blob, offset: int, stream: BinaryIO) -> bool:
+def _append(part: Path, blob: Blob, offset: int, stream: _Source) -> bool:
     """The rest of one blob; whether the whole is what its name says. Raises DeploykitError when the stream ends before."""
     sha = hashlib.sha256()
     with part.open("r+b" if part.exists() else "w+b") as file:
@@ -170,6 +188,49 @@ def _append(part: Path, blob: Blob, offset: int, stream: BinaryIO) -> bool:
         file.flush()
         os.fsync(file.fileno())
     return sha.hexdigest() == blob.sha256
+
+
+class _Source(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Woven:
+    """A stream into which blocks of another file are woven, from the beginning of a blob."""
+
+    def __init__(self, stream: BinaryIO, base: Path | None, keep: list[range]) -> None:
+        if base is None:
+            raise UsageError("blocks of a file were named that is not here", fix="deploy again")
+        self._stream, self._base, self._keep, self._at = stream, base, keep, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes: up to the end of a block that is kept, or up to the next one that is."""
+        block = self._at // BLOCK
+        run = next((run for run in self._keep if block in run), None)
+        if run is None:
+            ahead = min((run.start for run in self._keep if run.start > block), default=None)
+            found = self._stream.read(size if ahead is None else min(size, ahead * BLOCK - self._at))
+        else:
+            with self._base.open("rb") as file:
+                file.seek(self._at)
+                found = file.read(min(size, run.stop * BLOCK - self._at))
+        self._at += len(found)
+        return found
+
+
+def _replaced(root: Path, wanted: Manifest, blob: Blob) -> Path | None:
+    """The file of the current release that has a name of this blob, where it is large enough to be worth it."""
+    running = slots.current(root)
+    if running is None or blob.size < _WORTH:
+        return None
+    names = (name for name, found in wanted.files.items() if found == blob)
+    paths = (slots.release_folder(root, running) / name for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 def _is_there(arrived: Arrived, blob: Blob) -> bool:
