@@ -376,6 +376,20 @@ class TestMemory:
 
         assert memory.largest_tensor_bytes(LooksAtValues(), (1, 3, 8, 8)) == 0
 
+    def test_what_a_network_keeps_of_its_first_input_is_not_kept(self):
+        class KeepsAGrid(nn.Module):
+            grid: torch.Tensor | None = None
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if self.grid is None:
+                    self.grid = torch.ones_like(x)
+                return x + self.grid
+
+        module = KeepsAGrid()
+
+        assert memory.largest_tensor_bytes(module, (1, 3, 8, 8)) == 4 * 3 * 8 * 8
+        assert module(torch.zeros(1, 3, 8, 8)).sum() == 3 * 8 * 8
+
     def test_an_export_asks(self, monkeypatch, tmp_path):
         monkeypatch.setattr(memory, "available_memory_bytes", lambda: 1 << 20)
 

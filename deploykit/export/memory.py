@@ -7,12 +7,12 @@ the forward pass for as many images as run at once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deploykit.errors import CapabilityError
@@ -48,11 +48,13 @@ def weight_bytes(module: nn.Module) -> int:
 
 def largest_tensor_bytes(module: nn.Module, shape: tuple[int, ...]) -> int:
     """The largest result of any operator for inputs of `shape`, found without computing; 0 where that cannot be done."""
-    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
+    state = {id(value): value.to("meta") for value in (*module.parameters(), *module.buffers())}
     sizes = _Sizes()
     try:
+        # On a copy, without the weights: torchvision's detectors keep the anchors of the first input's device.
+        copied = copy.deepcopy(module, dict(state))
         with torch.no_grad(), sizes:
-            functional_call(module, state, (torch.empty(shape, device="meta"),))
+            copied(torch.empty(shape, device="meta"))
     except Exception:  # a forward that looks at values, or holds tensors that are no parameters, cannot run on shapes alone
         return 0
     return sizes.largest
