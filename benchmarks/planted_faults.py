@@ -8,9 +8,10 @@ processes, and what the command line would say is judged: caught is exit code 3 
 message that says which layer, which classes, which stale engine, which opset, which key of the preprocessing.
 
 Faults with a magnitude are mutations: a layer and a channel drawn at random, the magnitude in steps over three decades. The
-detection limit of a kind is the smallest magnitude from which on every trial of one half was caught and named; the other half
-says whether that holds. The benchmark's faults are planted into recorded processes of a quiet machine (`aa_trials.py`): from
-some process on the machine's clock is slower. Clean comparisons are of the same graphs and engines without a fault.
+detection limit of a kind is one step above the smallest magnitude from which on every trial of one half was caught and named;
+the other half says whether that holds. The benchmark's faults are planted into recorded processes of a quiet machine
+(`aa_trials.py`): from some process on the machine's clock is slower. Clean comparisons are of the same graphs and engines
+without a fault.
 """
 
 from __future__ import annotations
@@ -139,7 +140,12 @@ def main() -> None:
     limits = {kind: _limit([trial for trial in trials if trial.kind == kind]) for kind in kinds}
     alarms = [trial for trial in clean if trial.caught]
     _summary(trials, limits, clean)
-    facts = {"arguments": {**_plain(vars(arguments))}, "limits": limits, "alarms": len(alarms), "of": len(clean)}
+    facts = {
+        "arguments": {key: getattr(arguments, key) for key in ("trials", "steps", "clean", "seed")},
+        "limits": limits,
+        "alarms": len(alarms),
+        "of": len(clean),
+    }
     write(
         "planted_faults", {**facts, "trials": [asdict(t) for t in trials], "clean": [asdict(t) for t in clean]}, arguments.output
     )
@@ -167,7 +173,7 @@ def compared(a: str | Path, b: str | Path, images: Path | None, *needles: str) -
     try:
         found = compare_two(str(a), str(b), Said(), images=images)
     except DeploykitError as error:
-        said = str(error)
+        said = str(error).replace(f"{tempfile.gettempdir()}/", "")
         return True, any(needle in said for needle in needles), said
     bad = [f"{gate['rule']}: {gate['reason']}" for gate in found["gates"] if gate["verdict"] == "fail"]
     return found["exit_code"] == 3, any(needle in text for needle in needles for text in bad), "; ".join(bad)
@@ -449,11 +455,11 @@ def _told(trials: Iterator[Trial]) -> list[Trial]:
 
 
 def _limit(trials: Sequence[Trial]) -> float | None:
-    """The smallest magnitude from which on every trial of the first half is named; None where there is none."""
-    halves = _halves(trials)[0]
-    missed = [trial.magnitude for trial in halves if not trial.named and trial.magnitude is not None]
-    above = [t.magnitude for t in halves if t.magnitude is not None and t.magnitude > max(missed, default=0.0)]
-    return min(above, default=None)
+    """One step above the smallest magnitude from which on every trial of the first half is named; None where there is none."""
+    half = _halves(trials)[0]
+    missed = max((trial.magnitude or 0.0 for trial in half if not trial.named), default=0.0)
+    above = sorted({trial.magnitude for trial in half if trial.magnitude is not None and trial.magnitude > missed})
+    return above[1] if len(above) > 1 else None
 
 
 def _halves(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
@@ -487,12 +493,6 @@ def _summary(trials: Sequence[Trial], limits: Mapping[str, float | None], clean:
             print(f"{kind}: {sum(trial.named for trial in own)} of {len(own)} named, {sum(trial.caught for trial in own)} caught")
     if clean:
         print(f"clean: {sum(trial.caught for trial in clean)} alarms of {len(clean)}")
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if key == "output" else value if isinstance(value, (int, list)) else str(value) for key, value in values.items()
-    }
 
 
 if __name__ == "__main__":
