@@ -1,6 +1,6 @@
 """Every state of a deployment x {error, kill once, kill for ever, hang, disk full}: which release answers, and what happens next.
 
-usage: python benchmarks/deploy_matrix.py [--output DIR]
+usage: python benchmarks/deploy_matrix.py [--faults "disk full" ...] [--output DIR]
 
 The faults come by strace at the call that makes the state. Kill for ever: five attempts, each killed when it comes there. Hang:
 the call does not return; meanwhile the current release has to answer and another command has to be refused, and then the
@@ -62,6 +62,7 @@ STATES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -72,8 +73,8 @@ def main() -> None:
             scenario = next(found for found in courses if found.name == state.course)
             points = traced[state.course]
             place = [at for at, point in enumerate(points) if re.match(state.pattern, point.line)][state.number - 1]
-            for fault, cause in FAULTS.items():
-                root = Path(scratch, "root")
+            for fault in arguments.faults:
+                cause, root = FAULTS[fault], Path(scratch, "root")
                 _deployment.copy(scenario.start, root)
                 problems = cause(scenario, ids, root, points, place)
                 outcome = _deployment.outcome(root)
