@@ -59,7 +59,8 @@ _COLUMNS = (
 )
 _MEMORY = """\
 An export is refused (exit 4) before its work where the memory that is free is less than 1 GiB, five times the weights, and
-four times the largest tensor of the forward pass for as many images as run at once (`deploykit/export/memory.py`)."""
+fourteen times the largest tensor of the forward pass for as many images as run at once (`deploykit/export/memory.py`).
+The column is what the rule said when the row was made: with four tensors, until the rows of EfficientNet corrected it."""
 
 
 def main() -> None:

@@ -357,7 +357,7 @@ class TestMemory:
 
     def test_is_refused_before_the_work_where_there_is_less(self):
         with pytest.raises(
-            CapabilityError, match=r"exporting big needs about 14\.\d GiB of memory, and 8\.0 GiB are free"
+            CapabilityError, match=r"exporting big needs about 17\.\d GiB of memory, and 8\.0 GiB are free"
         ) as refused:
             memory.require("big", int(2.5 * 2**30), 2**28, available=8 << 30)
 

@@ -20,7 +20,7 @@ from deploykit.machine import available_memory_bytes
 
 BASE_BYTES = 1 << 30
 _COPIES = 5
-_TENSORS = 4
+_TENSORS = 14
 
 
 def need_bytes(weight_bytes: int, tensor_bytes: int = 0) -> int:
