@@ -167,11 +167,11 @@ def slow_and_lossy(found: Sequence[Place], packed: dict[str, Path], folder: Path
         ["tc", "qdisc", "add", "dev", slow.link, "root", "tbf", "rate", RATE, "burst", "32kbit", "latency", "400ms"], check=True
     )
     rules = f"""table inet dkloss {{ chain in {{ type filter hook input priority 0;
-      iifname "{{link}}" numgen random mod 1000 < {LOSS_PER_MILLE} counter drop }} }}"""
+      iifname "LINK" numgen random mod 1000 < {LOSS_PER_MILLE} counter drop }} }}"""
     nft = ["nft", "-f", "-"]
     inside = ["ip", "netns", "exec", lossy.namespace]
-    subprocess.run([*inside, *nft], input=rules.format(link="eth0").encode(), check=True)
-    subprocess.run(nft, input=rules.format(link=lossy.link).encode(), check=True)
+    subprocess.run([*inside, *nft], input=rules.replace("LINK", "eth0").encode(), check=True)
+    subprocess.run(nft, input=rules.replace("LINK", lossy.link).encode(), check=True)
     try:
         done = {"1 Mbit/s": told(to(slow, packed["big"])), "3 % loss": told(to(lossy, packed["big"]))}
         listed = [
