@@ -359,12 +359,21 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield from ["", "## Not run yet", "", ", ".join(left) + "."]
     differing = [row for row in passed if not all("passes" in finding for finding in row.get("exporters", {}).values())]
     yield from ["", "## Where the exporters differ", ""]
-    yield from [f"- {row['name']}: {row['exporter_why']}" for row in differing] or ["Both exporters pass for every network."]
+    yield from [f"- {row['name']}: {row['exporter_why']}{_refusal(row)}" for row in differing] or [
+        "Both exporters pass for every network."
+    ]
     centred = [str(row["name"]) for row in rows if "head" in row]
     if centred:
         yield from ["", f"The head's bias was centred on the images, to vary at all, in: {', '.join(centred)}."]
     yield from ["", "## Memory", ""]
     yield _MEMORY
+
+
+def _refusal(row: dict[str, Any]) -> str:
+    """Of a detector, what the new exporter said: how it begins, and where in torchvision it was."""
+    said = str(row["exporters"].get("new", "")) if row["task"] == "detect" else ""
+    place = said.rpartition("Caused by: ")[2] if "Caused by: " in said else ""
+    return f"; new: `{said[:120]}`{', ' + place if place else ''}" if said else ""
 
 
 def _names() -> set[str]:
