@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -69,6 +70,9 @@ def run(words: Sequence[str]) -> int:
         fix = error.fix.replace("--output", "--root")  # advice about files names the host's option
         facts = {"what": error.what, "problems": list(error.problems), "why": error.why, "fix": fix}
         answer = Answer({"error": facts}, error.exit_code)
+    except OSError as error:
+        named = "" if error.filename is None else f": {printable(str(error.filename))}"
+        answer = Answer({"error": {"what": f"the operating system refuses{named}", "why": str(error.strerror or error)}}, 1)
     sys.stdout.write(json.dumps({**to_json_object(answer.facts), "exit_code": answer.code}, indent=1) + "\n")
     return answer.code
 
@@ -178,6 +182,8 @@ def build(asked: argparse.Namespace) -> Answer:
     root, id = asked.root, asked.id
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
+        # An engine can take an hour, and the root is held meanwhile: nobody could confirm the release on trial or leave it.
+        slots.refuse_during_trial(root, id)
         manifest = _check_release(root, id)
         label = _label(manifest, asked.model)
         runtime, model = label.partition("-")[0], read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
@@ -216,6 +222,7 @@ def measure(asked: argparse.Namespace) -> Answer:
     root, id = asked.root, asked.id
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
+        slots.refuse_during_trial(root, id)
         manifest, engine = _check_release(root, id), _engine(root, id, asked.engine)
         _require_space(root, 0)
         found = _proven(root, id, engine)
@@ -530,7 +537,8 @@ def _signers(asked: argparse.Namespace) -> Path | None:
     """Whose signatures are taken: the file that was named, or the one that lies in the root; None: nobody is asked for."""
     named: Path | None = asked.signers
     root: Path | None = getattr(asked, "root", None)
-    if named is None and root is not None and (root / SIGNERS).exists():
+    # A link that leads nowhere (yet) is no permission to take anything: who laid it there wanted somebody to be asked.
+    if named is None and root is not None and os.path.lexists(root / SIGNERS):
         return root / SIGNERS
     return named
 
@@ -606,10 +614,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+    """A whole number for argparse: 0 or more."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 if __name__ == "__main__":

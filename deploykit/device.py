@@ -45,7 +45,7 @@ exit 0
 _BOOTSTRAP = """
 fail() { echo "$1" >&2; exit 1; }
 umask 022
-mkdir -p -- "$1/incoming/$2" && cd -- "$1/incoming/$2" || exit 1
+mkdir -p -- "$1/incoming/$2" && cd -- "$1/incoming/$2" && root=$(cd ../.. && pwd) || exit 1
 head -c "$3" > "bundle.json.$$" && head -c "$4" > "bundle.json.sig.$$" && head -c "$5" > "device.pyz.$$" || exit 1
 [ "$(wc -c < "device.pyz.$$")" -eq "$5" ] || fail "the line was cut"
 if [ "$5" = 0 ]; then
@@ -55,10 +55,12 @@ if [ "$5" = 0 ]; then
 fi
 mv -f "bundle.json.$$" bundle.json && mv -f "device.pyz.$$" device.pyz || exit 1
 if [ "$4" = 0 ]; then rm -f "bundle.json.sig.$$" bundle.json.sig; else mv -f "bundle.json.sig.$$" bundle.json.sig; fi
-if [ -f ../../current/device.pyz ]; then exec "$7" ../../current/device.pyz vouch "$2" --root "$1"; fi
+if [ -f ../../current/device.pyz ]; then exec "$7" ../../current/device.pyz vouch "$2" --root "$root"; fi
 printf '%s  device.pyz\\n' "$6" | sha256sum -c - > /dev/null || fail "device.pyz is not what was sent"
 grep -q "\\"$6\\"" bundle.json || fail "the manifest does not name this device.pyz"
-[ -f ../../allowed_signers ] || { echo '{"signer": null, "by": "sha256sum", "exit_code": 0}'; exit 0; }
+if [ ! -e ../../allowed_signers ] && [ ! -L ../../allowed_signers ]; then
+  echo '{"signer": null, "by": "sha256sum", "exit_code": 0}'; exit 0
+fi
 [ -f bundle.json.sig ] || fail "the bundle is not signed, and the device wants one of its allowed signers"
 names=$(ssh-keygen -Y find-principals -s bundle.json.sig -f ../../allowed_signers 2> /dev/null) || names=
 [ -n "$names" ] || fail "the bundle is not signed by an allowed signer of the device"
@@ -221,7 +223,7 @@ def trust(connection: Connection, root: str, signers: Path) -> None:
 
 def trusted(connection: Connection, root: str) -> bytes | None:
     """The allowed signers that are on the device now; None when there are none."""
-    done = connection.run(["sh", "-c", '[ ! -f "$1" ] || cat < "$1"; [ -f "$1" ] || exit 3', "trusted", f"{root}/{SIGNERS}"])
+    done = connection.run(["sh", "-c", '[ -e "$1" ] || [ -L "$1" ] || exit 3; exec cat < "$1"', "trusted", f"{root}/{SIGNERS}"])
     if done.code not in (0, 3):
         raise DeploykitError(f"cannot read {printable(root)}/{SIGNERS} on {connection.name}", why=done.words)
     return done.stdout if done.code == 0 else None

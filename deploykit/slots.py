@@ -114,19 +114,27 @@ class Health:
 
 
 @contextmanager
-def exclusive(root: Path) -> Iterator[None]:
+def exclusive(root: Path, *, patience_s: float = 5.0) -> Iterator[None]:
     """Hold `root` for this process, so that one at a time changes it; a root that is not there is made.
 
-    Raises UsageError when `root` is a file, or is held, naming the other process.
+    A process that is through in a moment is waited for: the watchdog runs every few seconds, and an application that confirms
+    its release just then, or a deployment, is not to fail because of it.
+    Raises UsageError when `root` is a file, or is held for longer than `patience_s` seconds, naming the other process.
     """
     if root.exists() and not root.is_dir():
         raise UsageError(f"{printable(root)} is a file, not a folder", fix="choose another folder with --root")
     missing = [folder for folder in (root.absolute(), *root.absolute().parents) if not folder.exists()]
-    try:
-        lock = publish.lock(root)
-        lock.__enter__()
-    except UsageError as error:
-        raise UsageError(f"{printable(root)} is being changed by another process", why=error.what, fix="wait for it") from error
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            lock = publish.lock(root)
+            lock.__enter__()
+            break
+        except UsageError as error:
+            if time.monotonic() >= until:
+                what = f"{printable(root)} is being changed by another process"
+                raise UsageError(what, why=error.what, fix="wait for it") from error
+            time.sleep(0.05)
     try:
         for folder in reversed(missing):
             _fsync(folder.parent)  # those above were there before, and who made them may not let us read them
@@ -192,9 +200,9 @@ def activate(root: Path, id: str, *, within_s: float | None, now: Moment, note: 
 
 def refuse_during_trial(root: Path, id: str) -> None:
     """Raise UsageError while another release than `id` is on trial: it would become the way back, and nobody has said that it
-    is good, while the last one that was would be collected."""
+    is good, while the last one that was would be collected. A first release has no such one, and is no obstacle to a better."""
     trial = read_state(root).trial
-    if trial is not None and trial.id != id:
+    if trial is not None and trial.id != id and previous(root) is not None:
         why = "whether it is good is not known, and it would be the only way back"
         raise UsageError(f"the release {trial.id} is on trial", why=why, fix="confirm it, or roll back, and activate then")
 

@@ -63,10 +63,10 @@ def install(root: Path, half: Path, *, running: Path = _RUNNING, system: Path = 
         return Watchdog(None, "systemd does not run here", command)
     if os.geteuid() != 0:
         return Watchdog(None, "only root installs a unit for the whole system", command)
-    name = "deploykit-" + "".join(letter if letter.isalnum() else "-" for letter in str(root).strip("/"))
+    name = f"deploykit-{_escaped(str(root).strip('/'))}"
     texts = {
-        f"{name}.service": _SERVICE.format(root=root, command=command),
-        f"{name}.timer": _TIMER.format(root=root, every=EVERY_S),
+        f"{name}.service": _SERVICE.format(root=str(root).replace("%", "%%"), command=command),
+        f"{name}.timer": _TIMER.format(root=str(root).replace("%", "%%"), every=EVERY_S),
     }
     with translating_os_errors("write", system):
         changed = [unit for unit, text in texts.items() if not _is(system / unit, text)]
@@ -80,6 +80,14 @@ def install(root: Path, half: Path, *, running: Path = _RUNNING, system: Path = 
 
 def _is(path: Path, text: str) -> bool:
     return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _escaped(path: str) -> str:
+    """A path in the name of a unit, by systemd's own rule (systemd.unit(5), STRING ESCAPING): no two roots share a timer."""
+    plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_."
+    letters = ("-" if letter == "/" else letter if letter in plain else None for letter in path)
+    escaped = ("".join(f"\\x{byte:02x}" for byte in letter.encode("utf-8", "surrogateescape")) for letter in path)
+    return "".join(kept or instead for kept, instead in zip(letters, escaped, strict=True))
 
 
 def _quoted(word: str) -> str:

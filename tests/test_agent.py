@@ -194,6 +194,14 @@ class TestDeploying:
         assert [path.name for path in root.iterdir()] == ["allowed_signers"]
         assert device("install", packed(tmp_path, release=1, key=key))[0] == 0
 
+    def test_a_list_of_signers_that_leads_nowhere_lets_nobody_in(self, device, bundles, root):
+        root.mkdir()
+        (root / "allowed_signers").symlink_to("/nonexistent/signers")
+
+        code, said = device("install", bundles["adds"])
+
+        assert (code, "is not signed" in said["error"]["what"]) == (2, True)
+
     def test_another_network_is_refused(self, deploy, device, bundles, tmp_path):
         deploy(bundles["adds"])
 
@@ -375,9 +383,10 @@ class TestGoingBack:
         _, first = deploy(bundles["adds"])
         _, second = deploy(bundles["multiplies"], "--confirm-within", "600")
 
-        code, said = deploy(packed(tmp_path, release=3, op="Sub"))
-
-        assert (code, said["error"]["what"]) == (2, f"the release {second['id']} is on trial")
+        _, third = device("install", packed(tmp_path, release=3, op="Sub"))
+        for verb in ("build", "activate"):
+            code, said = device(verb, third["id"])
+            assert (code, said["error"]["what"]) == (2, f"the release {second['id']} is on trial")
         assert [device("status")[1][name] for name in ("current", "previous")] == [second["id"], first["id"]]
 
 
@@ -396,6 +405,16 @@ class TestTheRuntime:
             assert len(device("collect-garbage")[1]["removed"]) == 1
         finally:
             net.close()
+
+    def test_what_the_system_refuses_is_an_answer_too(self, device, monkeypatch):
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied", "/opt/file")
+
+        monkeypatch.setattr(agent.slots, "status", refuse)
+
+        code, said = device("status")
+
+        assert (code, said["error"]) == (1, {"what": "the operating system refuses: /opt/file", "why": "Permission denied"})
 
     def test_what_does_not_fit_is_refused(self, deploy, bundles, root):
         deploy(bundles["adds"])

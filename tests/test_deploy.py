@@ -24,7 +24,7 @@ from deploykit import agent, artifact, bundle, deploy, lease, slots, watchdog
 from deploykit.artifact import Samples
 from deploykit.bundle import incoming, pack
 from deploykit.deploy import How
-from deploykit.device import Device
+from deploykit.device import Device, trusted
 from deploykit.errors import DeploykitError, LineError, UsageError
 from deploykit.remote import Done, connect
 from deploykit.remote.process import Local
@@ -130,6 +130,15 @@ class TestTrust:
     def test_an_unsigned_bundle_is_refused_by_the_devices_own_tools(self, trusting, how, tmp_path):
         assert "the bundle is not signed, and the device wants" in self.refused(packed(tmp_path, release=1), how, trusting)
 
+    def test_a_list_of_signers_that_cannot_be_opened_lets_nobody_in(self, trusting, bundles, how):
+        (trusting / "allowed_signers").unlink()
+        (trusting / "allowed_signers").symlink_to("/nonexistent/signers")
+
+        assert "not signed by an allowed signer" in self.refused(bundles["adds"], how, trusting)
+        assert trusted(Local(), str(trusting.parent)) is None
+        with pytest.raises(DeploykitError, match=r"cannot read .*allowed_signers on local"):
+            trusted(Local(), str(trusting))
+
     def test_a_bundle_that_somebody_else_signed_is_refused(self, trusting, how, tmp_path):
         path = packed(tmp_path, release=1, key=ssh_key(tmp_path / "stranger"))
 
@@ -165,6 +174,19 @@ class TestTrust:
             to_local(packed(tmp_path, release=3, op="Sub", key=ssh_key(tmp_path / "stranger")), how)
 
         assert slots.current(trusting) == first.id
+
+    def test_a_root_by_a_relative_path_is_the_same_one_for_every_release(self, bundles, root, monkeypatch):
+        monkeypatch.chdir(root.parent)
+        how = How(root=root.name, python=sys.executable)
+        to_local(bundles["adds"], how)
+
+        with bundle.opened(bundles["multiplies"]) as opened:
+            half = b"".join(bundle.pieces(opened, opened.manifest.portable["device.pyz"]))
+            sha = opened.manifest.portable["device.pyz"].sha256
+            device = Device(Local(), root.name, python=sys.executable)
+            said = device.bootstrap(opened.manifest.id, opened.content, opened.signature, half, sha)
+
+        assert said["by"] == "the installed device half"
 
     def test_trust_shows_fingerprints_asks_and_puts_the_signers_there(self, root, key, deploykit):
         words = ["device", "trust", "local", "--root", str(root), "--signers", str(allowed(key))]
@@ -384,8 +406,21 @@ class TestTheWatchdog:
         assert found.unit is not None
         service = (tmp_path / "units" / found.unit.replace(".timer", ".service")).read_text()
         assert f'"recover" "--root" "{root}/50%% $$x"' in service
+        assert "Description=deploykit: go back from a release of " + f"{root}/50%% $x" in service
         assert "OnBootSec=" in (tmp_path / "units" / found.unit).read_text()
         assert (tmp_path / "asked").read_text().splitlines().count("daemon-reload") == 1
+
+    def test_each_root_has_a_timer_of_its_own_with_a_name_that_systemd_takes(self, tmp_path, monkeypatch):
+        if os.geteuid() != 0:
+            pytest.skip("wants to be root")
+        monkeypatch.setattr(watchdog, "_systemctl", lambda words: None)
+
+        units = [
+            watchdog.install(Path(root), Path(root, "device.pyz"), running=tmp_path, system=tmp_path).unit
+            for root in ("/opt/a-b", "/opt/a/b", "/opt/ä b")
+        ]
+
+        assert units == [r"deploykit-opt-a\x2db.timer", "deploykit-opt-a-b.timer", r"deploykit-opt-\xc3\xa4\x20b.timer"]
 
     def test_without_systemd_it_says_what_to_run_instead(self, root, tmp_path):
         found = watchdog.install(root, root / "device.pyz", running=tmp_path / "nothing")

@@ -98,13 +98,21 @@ class TestSwitching:
         script = f"""
 import sys; from pathlib import Path; from deploykit import slots
 try:
-    with slots.exclusive(Path({str(tmp_path)!r})): print("in")
+    with slots.exclusive(Path({str(tmp_path)!r}), patience_s=0.0): print("in")
 except Exception as error: print(error)
 """
         with slots.exclusive(tmp_path):
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
         assert "is being changed by another process\n  why: " in done.stdout
+
+    def test_who_is_through_in_a_moment_is_waited_for(self, tmp_path, monkeypatch):
+        held = slots.exclusive(tmp_path)
+        held.__enter__()
+        monkeypatch.setattr("deploykit.slots.time.sleep", lambda seconds: held.__exit__(None, None, None))
+
+        with slots.exclusive(tmp_path):
+            pass
 
     def test_a_root_that_is_a_file_is_not_called_busy(self, tmp_path):
         (tmp_path / "file").write_text("")
@@ -245,6 +253,13 @@ class TestTrials:
         assert slots.recover(tmp_path, Moment("boot two", 0.0)) == []
         assert links(tmp_path) == (A, None)
 
+    def test_a_first_release_that_nobody_confirms_can_be_replaced(self, tmp_path):
+        activate(installed(tmp_path, A, B), A, within_s=60)
+
+        assert activate(tmp_path, B, within_s=60) is True
+
+        assert (links(tmp_path), slots.read_state(tmp_path).trial.id) == ((B, A), B)
+
 
 class TestGarbage:
     def test_current_previous_and_what_a_process_has_opened_stay(self, tmp_path):
@@ -328,8 +343,9 @@ class TestState:
             verb, _, letter = word.partition(" ")
             if verb == "activate":
                 id = 64 * letter.lower()
-                trial = slots.read_state(root).trial
-                with nullcontext() if trial is None or trial.id == id else pytest.raises(UsageError, match="is on trial"):
+                trial, is_first = slots.read_state(root).trial, slots.previous(root) is None
+                may = trial is None or trial.id == id or is_first
+                with nullcontext() if may else pytest.raises(UsageError, match="is on trial"):
                     activate(installed(root, id), id, within_s=10, now=now)
             elif verb == "rollback" and slots.previous(root):
                 slots.rollback(root)

@@ -14,7 +14,15 @@ _ROOTS = (
     *("runtimes.onnxruntime", "runtimes.openvino", "runtimes.tensorrt"),
 )
 MOST_BYTES = 200_000
-_MAIN = "from deploykit.agent import main\n\nmain()\n"
+# No syntax of a newer Python before the first line has spoken.
+_MAIN = """import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("device.pyz wants Python 3.10 or newer, and this is " + sys.version.split()[0])
+from deploykit.agent import main
+
+main()
+"""
 _API = '''"""Run the release that is current on this device: `net = load("/opt/deploykit/NAME/current"); net(array)`."""
 
 from deploykit.infer import Network, load

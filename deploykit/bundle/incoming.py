@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,8 +119,8 @@ def sums(pieces: Iterable[bytes]) -> tuple[str, ...]:
 def receive(root: Path, wanted: Manifest, stream: BinaryIO) -> tuple[list[str], list[str]]:
     """Take blobs from a stream, each after a line of JSON; those that came, and those that were damaged.
 
-    The line says `sha256`; `offset`, where it goes on; and `keep`, runs of blocks `[first, count]` that are taken from the
-    file that it replaces.
+    The line says `sha256`; `offset`, where it goes on; and `keep`, runs of blocks `[first, count]` in order that are taken from
+    the file that it replaces.
 
     A blob gets its name after all of it was hashed and is on the disk. When the stream ends early its beginning is kept.
     Raises UsageError for a blob that nobody asked for, DeploykitError when the stream ends early or the disk refuses.
@@ -200,19 +201,20 @@ class _Woven:
     def __init__(self, stream: BinaryIO, base: Path | None, keep: list[range]) -> None:
         if base is None:
             raise UsageError("blocks of a file were named that is not here", fix="deploy again")
-        self._stream, self._base, self._keep, self._at = stream, base, keep, 0
+        self._stream, self._base, self._keep, self._at = stream, base, deque(keep), 0
 
     def read(self, size: int) -> bytes:
         """The next bytes: up to the end of a block that is kept, or up to the next one that is."""
         block = self._at // BLOCK
-        run = next((run for run in self._keep if block in run), None)
-        if run is None:
-            ahead = min((run.start for run in self._keep if run.start > block), default=None)
-            found = self._stream.read(size if ahead is None else min(size, ahead * BLOCK - self._at))
-        else:
+        while self._keep and self._keep[0].stop <= block:
+            self._keep.popleft()
+        run = self._keep[0] if self._keep else None
+        if run is not None and block in run:
             with self._base.open("rb") as file:
                 file.seek(self._at)
                 found = file.read(min(size, run.stop * BLOCK - self._at))
+        else:
+            found = self._stream.read(size if run is None else min(size, run.start * BLOCK - self._at))
         self._at += len(found)
         return found
 

@@ -30,8 +30,10 @@ trap 'rm -f -- "$aside"' EXIT HUP TERM
 cat > "$aside" || exit 1
 found=$(sha256sum < "$aside") || exit 1
 if [ "${found%% *}" != "$2" ]; then echo "what arrived is not what was sent" >&2; exit 1; fi
-sync -- "$aside" 2> /dev/null
-mv -f -- "$aside" "$1"
+# A `sync` that takes no names syncs all. Without the second one a power cut could take the name away again.
+sync -- "$aside" 2> /dev/null || sync
+mv -f -- "$aside" "$1" || exit 1
+sync -- "$folder" 2> /dev/null || sync
 """
 _GET = 'if [ -d "$1" ]; then echo "$1 is a folder" >&2; exit 1; fi; exec cat < "$1"'
 
