@@ -126,12 +126,12 @@ def read(path: Path, how: How, *, ssh_config: Path | None = None) -> Fleet:
     problems: list[str] = _unknown(value, _TOP_KEYS, "")
     groups, devices = _tables(value, "groups", problems), _tables(value, "devices", problems)
     canaries = {name: _canary(name, table, problems) for name, table in groups.items()}
-    base = replace(how, root=value.get("root", how.root), python=value.get("python", how.python))
+    base = _how(value, how, "", problems)
     members = [_member(name, table, base, groups, problems) for name, table in devices.items()]
     parallel, stop_after = (_count(value, key, fallback, problems) for key, fallback in (("parallel", 8), ("stop_after", 1)))
     if not devices:
         problems.append("devices: there is none; [devices.NAME] with an address is one")
-    places = Counter((member.address, member.how.root) for member in members)
+    places = Counter((member.address, member.how.root) for member in members if member.address)
     problems += [f"devices: {address} is there {count} times" for (address, _), count in places.items() if count > 1]
     if problems:
         raise UsageError(f"{printable(path)} is no fleet", problems=problems[:20])
@@ -144,7 +144,8 @@ def waves(fleet: Fleet) -> list[tuple[bool, tuple[Member, ...]]]:
     found: list[tuple[bool, tuple[Member, ...]]] = []
     for group in dict.fromkeys(member.group for member in fleet.members):
         members = tuple(member for member in fleet.members if member.group == group)
-        first = math.ceil(fleet.canaries.get(group, 0.0) * len(members))
+        # A share such as 0.07 of 100 is 7, and not the 8 that its binary form would make of it.
+        first = math.ceil(round(fleet.canaries.get(group, 0.0) * len(members), 9))
         found += [(True, members[:first]), (False, members[first:])]
     return [(is_canary, members) for is_canary, members in found if members]
 
@@ -168,7 +169,6 @@ def roll_out(
     found = bundle.check(path, signers=signers)
     bundle.require_whole(path, found)
     manifest = found.manifest
-    folder.mkdir(parents=True, exist_ok=True)
 
     def by_hand(member: Member) -> Deployed:
         return deploy.deploy(path, lambda: member.connect(fleet.ssh_config), member.how, owner=owner, signers=signers)
@@ -178,10 +178,13 @@ def roll_out(
         rolling = _Rolling(fleet, rows, folder / STATE, manifest, show, deploy_one or by_hand)
         try:
             why = rolling.run()
-        finally:
-            ended = RollOut(manifest.id, manifest.release, rolling.rows, rolling.why_stopped)
-            _report(folder, manifest, ended)
-    return replace(ended, why_stopped=why)
+        except BaseException as error:
+            why = f"interrupted: {type(error).__name__}"
+            _report(folder, manifest, RollOut(manifest.id, manifest.release, rolling.rows, why))
+            raise
+        ended = RollOut(manifest.id, manifest.release, rolling.rows, why)
+        _report(folder, manifest, ended)
+    return ended
 
 
 def ask_each(fleet: Fleet, ask: Callable[[Device], dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -321,15 +324,30 @@ def _canary(name: str, table: Mapping[str, Any], problems: list[str]) -> float:
 
 def _member(name: str, table: Mapping[str, Any], base: How, groups: Mapping[str, Any], problems: list[str]) -> Member:
     problems += _unknown(table, _DEVICE_KEYS, f"devices.{name}.")
-    texts = {key: table[key] for key in _DEVICE_KEYS if key in table}
-    problems += [f"devices.{name}.{key}: {text!r} is no text" for key, text in texts.items() if not isinstance(text, str)]
+    how = _how(table, base, f"devices.{name}.", problems)
+    address, group, host_key = (_text(table, key, f"devices.{name}.", problems) for key in ("address", "group", "host_key"))
     if "address" not in table:
         problems.append(f"devices.{name}.address: it is missing")
-    group = str(table.get("group", ""))
+    elif address and (why := remote.objection(address)):
+        problems.append(f"devices.{name}.address: {why}")
     if group and group not in groups:
         problems.append(f"devices.{name}.group: there is no [groups.{group}]")
-    how = replace(base, root=table.get("root", base.root), python=table.get("python", base.python))
-    return Member(name, group, str(table.get("address", "")), how, table.get("host_key"))
+    return Member(name, group or "", address or "", how, host_key)
+
+
+def _how(table: Mapping[str, Any], base: How, where: str, problems: list[str]) -> How:
+    """`base`, with the root and the Python that a table names."""
+    root, python = (_text(table, key, where, problems) for key in ("root", "python"))
+    return replace(base, root=root or base.root, python=python or base.python)
+
+
+def _text(table: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:
+    """A text that may be there; None where it is not."""
+    found = table.get(key)
+    if found is not None and (not isinstance(found, str) or not found):
+        problems.append(f"{where}{key}: {found!r} is no text")
+        return None
+    return found
 
 
 def _count(value: Mapping[str, Any], key: str, fallback: int, problems: list[str]) -> int:

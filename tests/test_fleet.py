@@ -127,6 +127,7 @@ class TestARollOut:
 
         with pytest.raises(Killed):
             fleet.roll_out(bundles[0], of(3, parallel=1), tmp_path, owner="me", deploy_one=Devices(), show=show)
+        assert "interrupted: Killed" in (tmp_path / "rollout.html").read_text()
         again = Devices()
 
         fleet.roll_out(bundles[0], of(3, parallel=1), tmp_path, owner="me", deploy_one=again)
@@ -171,6 +172,9 @@ class TestARollOut:
         assert Outcome.RUNNING not in {row.outcome for row in rows.values()}
         if not failed:
             assert {row.outcome for row in rows.values()} == {Outcome.DONE}
+
+    def test_seven_hundredths_of_a_hundred_are_seven(self):
+        assert [len(members) for _, members in fleet.waves(of(100, canary=0.07))] == [7, 93]
 
     def test_canaries_of_a_group_go_before_its_others_and_groups_one_after_another(self):
         found = fleet.waves(of(8, canary=0.3, groups=2))
@@ -223,6 +227,7 @@ class TestTheFile:
             """
             paralel = 4
             stop_after = 0
+            root = ["/opt/a"]
             [groups.gates]
             canary = 7
             [devices.one]
@@ -234,6 +239,9 @@ class TestTheFile:
             [devices.three]
             [devices.four]
             address = "local"
+            [devices.five]
+            address = "jetson-5"
+            host_key = 5
             """
         )
 
@@ -246,9 +254,12 @@ class TestTheFile:
             "stop_after: 0 is no whole number",
             "groups.gates.canary: 7 is no share",
             "devices.one.group: there is no [groups.doors]",
+            "root: ['/opt/a'] is no text",
             "devices.two.root: 5 is no text",
+            "devices.five.address: 'jetson-5' is no address of a device",
+            "devices.five.host_key: 5 is no text",
             "devices.three.address: it is missing",
-            "devices: local is there 2 times",
+            "devices: local is there 3 times",
         ):
             assert problem in told
 

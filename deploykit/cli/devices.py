@@ -70,8 +70,9 @@ def deploy_command(
 ) -> int:
     """Bring a bundle to a device, build and prove it there, then switch to it.
 
-    TARGET is `local` or ssh://[user@]host[:port]. Only what the device lacks is sent; a deployment that was cut goes on when it
-    is started again. Exit code 3: a gate did not open there, and what ran before still runs.
+    TARGET is `local`, ssh://[user@]host[:port], or emulated://FOLDER (see `deploykit device emulate`). Only what the device lacks
+    is sent; a deployment that was cut goes on when it is started again. Exit code 3: a gate did not open there, 5: it cannot be
+    decided; what ran before still runs.
     """
     from deploykit import deploy, fleet, remote
 
@@ -109,8 +110,8 @@ def rollback_command(
     """Let a device, or a fleet, go back to the previous release."""
 
     def ask(device: Device) -> dict[str, Any]:
-        if id is not None and device.ask("status").get("current") != id:
-            return {"left": None, "current": device.ask("status").get("current"), "exit_code": 0}
+        if id is not None and (current := device.ask("status").get("current")) != id:
+            return {"left": None, "current": current, "exit_code": 0}
         return device.ask("rollback")
 
     return _ask_all(
@@ -249,7 +250,11 @@ def _one_of(target: str | None, fleet_file: Path | None) -> None:
 
 
 def _owner() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()} (process {os.getpid()})"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that no passwd file knows
+        user = f"user {os.getuid()}"
+    return f"{user}@{socket.gethostname()} (process {os.getpid()})"
 
 
 def _short(id: Any) -> str:

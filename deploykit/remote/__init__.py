@@ -22,7 +22,9 @@ __all__ = ["Connection", "Done", "Talk", "connect"]
 
 SILENCE_S = 120.0
 _EMULATED = "emulated://"
-_SSH = re.compile(r"ssh://(?:(?P<user>[^@/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%]+\]|[^@:/\s\[\]]+)(?::(?P<port>[0-9]{1,5}))?/?")
+_SSH = re.compile(
+    r"ssh://(?:(?P<user>[^@/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]|[^@:/\s\[\]]+)(?::(?P<port>[0-9]{1,5}))?/?"
+)
 
 
 class Connection(Protocol):
@@ -68,20 +70,23 @@ def connect(address: str, *, ssh_config: Path | None = None, host_key: str | Non
     Raises UsageError for another address, for a host that is not known or whose key changed (with the command that accepts
     it) and for a refused login; LineError when nobody answers.
     """
+    if why := objection(address):
+        raise UsageError(why, fix="local, ssh://[user@]host[:port], or emulated://FOLDER")
     if address == "local":
         return Local()
-    if address.startswith(_EMULATED):
-        return Emulated(Path(address.removeprefix(_EMULATED)))
     found = _SSH.fullmatch(address)
-    port = None if found is None or found["port"] is None else int(found["port"])
-    if (
-        found is None
-        or found["host"].startswith("-")
-        or (found["user"] or "").startswith("-")
-        or port == 0
-        or (port or 0) > 65535
-    ):
-        raise UsageError(
-            f"{printable(address)!r} is no address of a device", fix="local, ssh://[user@]host[:port], or emulated://FOLDER"
-        )
+    if found is None:
+        return Emulated(Path(address.removeprefix(_EMULATED)))
+    port = None if found["port"] is None else int(found["port"])
     return Ssh(found["host"].strip("[]"), user=found["user"], port=port, config=ssh_config, host_key=host_key)
+
+
+def objection(address: str) -> str:
+    """Why `address` is none of a device; empty when it is one. Nothing is asked there."""
+    found = _SSH.fullmatch(address)
+    if found is None:
+        is_good = address == "local" or address.startswith(_EMULATED)
+    else:
+        is_option = found["host"].startswith("-") or (found["user"] or "").startswith("-")
+        is_good = not is_option and (found["port"] is None or 0 < int(found["port"]) < 65536)
+    return "" if is_good else f"{printable(address)!r} is no address of a device"

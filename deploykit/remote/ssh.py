@@ -7,6 +7,7 @@ Options: ssh(1) and ssh_config(5), OpenSSH 7.6 or newer.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from deploykit.remote.process import Done, Processes
 
 _FAILED = 255
 _ALIVE_EVERY_S, _ALIVE_TIMES, _CONNECT_S = 5, 3, 15
+_LOGIN_S = 180  # ssh has no limit of its own for a login; a key on a token waits for somebody's finger
 _LINGER_S = 60  # of the shared connection, when this process is killed and cannot end it
 _LONGEST_SOCKET = 90  # a socket's path has at most 104 bytes, and ssh adds 17 while it makes it
 _OPTIONS = {
@@ -47,6 +49,7 @@ class Ssh(Processes):
         self._is_closed = False
         strict = [word for key, value in _OPTIONS.items() for word in ("-o", f"{key}={value}")]
         strict += [] if host_key is None else self._pinned(host_key)
+        self._is_pinned = host_key is not None
         where = ["-F", str(config)] if config else []
         where += ["-l", user] if user else []
         where += ["-p", str(port)] if port else []
@@ -81,8 +84,13 @@ class Ssh(Processes):
                     stdout=subprocess.DEVNULL,
                     stderr=complaints,
                     start_new_session=True,
+                    # A jump host is reached by another ssh that does not hear of BatchMode, and would open a window to ask.
+                    env={**os.environ, "SSH_ASKPASS_REQUIRE": "never"},
+                    timeout=_LOGIN_S,
                     check=False,
                 ).returncode
+            except subprocess.TimeoutExpired as error:
+                raise LineError(f"cannot reach {self.name}", why=f"there was no end of the login after {_LOGIN_S} s") from error
             except FileNotFoundError as error:
                 raise CapabilityError("there is no ssh here", why=str(error), fix="install OpenSSH's client") from error
             complaints.seek(0)
@@ -112,13 +120,18 @@ class Ssh(Processes):
     def _refusal(self, stderr: bytes) -> DeploykitError:
         """Why there is no connection, and what to do about it."""
         text, why = stderr.decode("utf-8", "replace"), Done(_FAILED, b"", stderr).words
-        if "IDENTIFICATION HAS CHANGED" in text:
+        is_other, is_unknown = "IDENTIFICATION HAS CHANGED" in text, "host key is known" in text
+        if self._is_pinned and (is_other or is_unknown):
+            fix = "find out why; when the device is a new one, correct its host_key"
+            return UsageError(f"{self.name} has another host key than was named, so nothing was sent", why=why, fix=fix)
+        if is_other:
             fix = "find out why; when the device is a new one: ssh-keygen -R HOST, and then accept its key"
             return UsageError(f"{self.name} has another host key than is known, so nothing was sent", why=why, fix=fix)
-        if "Host key verification failed" in text or "host key is known" in text:
+        if is_unknown or "Host key verification failed" in text:
             return UsageError(f"the host key of {self.name} is not known, so nothing was sent", why=why, fix=self._accept)
-        if "Permission denied" in text:
+        if "Permission denied" in text or "Too many authentication failures" in text:
             return UsageError(f"{self.name} refuses the login", why=why, fix="ssh-copy-id puts a key there; an agent lends one")
-        if "Could not resolve" in text or "Bad configuration" in text or "Can't open user config" in text:
+        is_nowhere = "Could not resolve" in text and "Temporary failure" not in text  # a cut line can cut off the name server
+        if is_nowhere or "Bad configuration" in text or "Can't open user config" in text:
             return UsageError(f"cannot reach {self.name}", why=why)
         return LineError(f"cannot reach {self.name}", why=why)

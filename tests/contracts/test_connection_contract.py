@@ -12,7 +12,7 @@ import pytest
 from sshd import Sshd, sshd
 
 from deploykit.errors import DeploykitError, LineError, UsageError
-from deploykit.remote import Connection, connect
+from deploykit.remote import Connection, connect, objection
 
 EVERY_BYTE = bytes(range(256)) * 17
 ODD_NAMES = (
@@ -263,6 +263,11 @@ class TestACutLine:
             device.close()
 
 
+def script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def children(pid: int) -> list[int]:
     """All processes below this one."""
     found: list[int] = []
@@ -297,7 +302,7 @@ class TestASecureShell:
 
         assert device.run(["echo", "there"]).stdout == b"there\n"
         device.close()
-        with pytest.raises(UsageError, match="another host key than is known"):
+        with pytest.raises(UsageError, match=r"another host key than was named(.|\n)*correct its host_key"):
             connect(
                 server.address,
                 ssh_config=server.config,
@@ -311,6 +316,33 @@ class TestASecureShell:
             connect(server.address, ssh_config=tmp_path / "config")
 
         assert "ssh-copy-id" in refused.value.fix
+
+    @pytest.mark.parametrize(
+        ("words", "error"),
+        [
+            ("Could not resolve hostname jetson: Temporary failure in name resolution", LineError),
+            ("Could not resolve hostname jetson: Name or service not known", UsageError),
+            ("Received disconnect from 10.0.0.1: Too many authentication failures", UsageError),
+        ],
+    )
+    def test_tries_again_where_that_can_help_and_nowhere_else(self, words, error, tmp_path, monkeypatch):
+        script(tmp_path / "ssh", f"echo '{words}' >&2; exit 255")
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+        with pytest.raises(error) as raised:
+            connect("ssh://jetson")
+
+        assert type(raised.value) is error
+
+    def test_a_login_that_never_ends_is_given_up_and_no_window_is_opened(self, tmp_path, monkeypatch):
+        script(tmp_path / "ssh", f"echo $SSH_ASKPASS_REQUIRE > {tmp_path}/asked; exec sleep 60")
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr("deploykit.remote.ssh._LOGIN_S", 1)
+
+        with pytest.raises(LineError, match="no end of the login"):
+            connect("ssh://jetson")
+
+        assert (tmp_path / "asked").read_text() == "never\n"
 
     def test_is_not_there_when_nobody_listens(self, tmp_path):
         with pytest.raises(LineError, match=r"cannot reach ssh://127\.0\.0\.1:1"):
@@ -326,6 +358,10 @@ class TestASecureShell:
 
         assert log.read_text().count("Accepted publickey") == before
         device.close()
+
+    @pytest.mark.parametrize("address", ["ssh://[::1]:22", "ssh://me@[fe80::1%eth0]", "ssh://h/", "local", "emulated:///opt/arm"])
+    def test_an_address_is_one_without_asking_there(self, address):
+        assert objection(address) == ""
 
     @pytest.mark.parametrize(
         "address", ["jetson", "ssh://", "ssh://a b", "ssh://-oProxyCommand=id", "ssh://-x@host", "ssh://host:0", "ssh://h:99999"]
