@@ -53,7 +53,7 @@ from torch import nn
 from deploykit import data, finetune, models
 from deploykit.artifact import Preprocess
 from deploykit.cli.options import progress_bars
-from deploykit.data.pictures import _with_shorter_side
+from deploykit.data.pictures import with_shorter_side
 from deploykit.models import Model
 from deploykit.recipe import FinetuneTable, ModelTable, PreprocessTable
 from deploykit.report import training
@@ -117,7 +117,7 @@ def resized_once(images: data.Images, how: PreprocessTable) -> data.Images:
     for source in images.sources:
         assert isinstance(source, Path)
         picture = data.open_image(source).convert("RGB")
-        resized.append(np.array(picture.resize(_with_shorter_side(picture.size, how.resize), Image.Resampling.BILINEAR)))
+        resized.append(np.array(picture.resize(with_shorter_side(picture.size, how.resize), Image.Resampling.BILINEAR)))
     return replace(images, sources=tuple(resized))
 
 

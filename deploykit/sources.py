@@ -48,7 +48,8 @@ class Sources:
 
         found = self.untrained
         if self.finetuned is not None:
-            return models.with_weights(found, self.finetuned.path, origin=f"fine-tuned from {found.weights}")
+            learned = models.with_weights(found, self.finetuned.path, origin=f"fine-tuned from {found.weights}")
+            return replace(learned, notes=(*learned.notes, *self._said_of_evaluation()))
         pictures = self.calibration if found.task == "classify" else self.evaluation
         if found.is_random and pictures is not None:
             is_large = found.task != "classify" and max(found.preprocess.crop) > _LARGE
@@ -120,9 +121,23 @@ class Sources:
                     fix="make one sub-folder for each class; their sorted names are taken in the order of the network's outputs",
                 )
             return self._checked(found, "validation")
-        if self.recipe.finetune is not None and table.train is not None:
+        if self._is_judged_on_held_out:
             return self.held_out
         return self.calibration if self.calibration is not None else _noise(self.untrained, self.recipe.export.samples)
+
+    @property
+    def _is_judged_on_held_out(self) -> bool:
+        table = self.recipe.data
+        is_trained = self.recipe.finetune is not None and table.train is not None
+        return is_trained and table.name is None and table.validate is None
+
+    def _said_of_evaluation(self) -> tuple[str, ...]:
+        if not self._is_judged_on_held_out:
+            return ()
+        return (
+            f"accuracy is that on the {len(self.held_out)} held-out images that the best epoch was chosen by, so expect a little "
+            "less of new ones; data.validate names others",
+        )
 
     def check(self) -> None:
         """Read every picture that this run will need, so that a bad one is found before the long work and not after it.

@@ -22,6 +22,7 @@ from deploykit.finetune.processes import ALONE, Processes, of_torchrun
 
 WORDS = ["lenet5", "--weights", "none", "--set", "preprocess.crop=32", "--epochs", "2", "--batch", "8", "--augment", "flip"]
 WORDS += ["--set", "finetune.class_weights='balanced'", "--set", "finetune.optimizer='sgd'", "--json"]
+FROZEN = ["cifar_resnet20", *WORDS[1:], "--set", "finetune.freeze=['*bn*']"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def bars(tmp_path_factory) -> Path:
     return root
 
 
-def finetune(data: Path, out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, "-m", "deploykit", "finetune", *WORDS, "--data", str(data), "--output", str(out)]
+def finetune(words: list[str], data: Path, out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "-m", "deploykit", "finetune", *words, "--data", str(data), "--output", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -48,9 +49,10 @@ def finetune(data: Path, out: Path, *launcher: str) -> subprocess.CompletedProce
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def test_two_processes_reach_the_weights_of_one_and_one_of_them_writes(bars, tmp_path):
-    one = CliRunner().invoke(cli, ["finetune", *WORDS, "--data", str(bars), "--output", str(tmp_path / "one")])
-    two = finetune(bars, tmp_path / "two", *TWO)
+@pytest.mark.parametrize("words", [WORDS, FROZEN], ids=["no BatchNorm", "BatchNorm frozen"])
+def test_two_processes_reach_the_weights_of_one_and_one_of_them_writes(bars, tmp_path, words):
+    one = CliRunner().invoke(cli, ["finetune", *words, "--data", str(bars), "--output", str(tmp_path / "one")])
+    two = finetune(words, bars, tmp_path / "two", *TWO)
 
     assert (one.exit_code, two.returncode) == (0, 0), two.stderr
     weights, other = (safetensors.torch.load_file(tmp_path / name / "finetune" / "model.safetensors") for name in ("one", "two"))
@@ -58,6 +60,18 @@ def test_two_processes_reach_the_weights_of_one_and_one_of_them_writes(bars, tmp
     alone, together = json.loads(one.stdout), json.loads(two.stdout)
     assert [epoch["train_accuracy"] for epoch in alone["history"]] == [epoch["train_accuracy"] for epoch in together["history"]]
     assert alone["confusion"] == together["confusion"]
+
+
+def test_a_whole_run_is_not_started_by_torchrun_and_the_error_says_what_to_do(bars, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'name = "bars"\n[model]\nname = "lenet5"\n[data]\ntrain = "{bars / "train"}"\n[finetune]\n')
+    answer = CliRunner().invoke(cli, ["run", str(path), "--output", str(tmp_path / "out")])
+
+    assert isinstance(answer.exception, UsageError)
+    assert "WORLD_SIZE is '2'" in str(answer.exception)
+    assert "-m deploykit finetune MODEL --data DIR --output OUT" in str(answer.exception)
+    assert not (tmp_path / "out").exists()
 
 
 class Told(Processes):

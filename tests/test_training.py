@@ -49,6 +49,27 @@ def trained(bars, tmp_path_factory) -> tuple[dict, Path]:
     return json.loads(answer.stdout), output
 
 
+class TestARunThatTrains:
+    def test_goes_on_to_int8_from_the_training_folder_without_another_file_by_hand(self, bars, tmp_path):
+        recipe = tmp_path / "bars.toml"
+        recipe.write_text(
+            f'name = "bars"\n[model]\nname = "lenet5"\nweights = "none"\n[preprocess]\ncrop = 32\nchannels = "L"\n'
+            f'[data]\ntrain = "{bars / "train"}"\n[finetune]\nepochs = 2\nlearning_rate = 0.01\n'
+            "[quantize]\nspeed = false\n[benchmark]\nenabled = false\n"
+        )
+        answer = CliRunner().invoke(cli, ["run", str(recipe), "--output", str(tmp_path / "run"), "--json"])
+
+        assert answer.exit_code == 0, answer.output
+        found = json.loads(answer.stdout)
+        done = [stage["name"] for stage in found["stages"]]
+        assert (done[0], done[-1]) == ("finetune", "parity")
+        assert {"calibrate", "quantize-onnxruntime", "build-onnxruntime-int8"} <= {*done}
+        assert found["model"]["classes"] == ["lying", "standing"]
+        assert found["calibration"]["images"] == 44  # a tenth of each class is held out
+        assert found["model"]["weights"].startswith("fine-tuned from")
+        assert "accuracy is that on the 4 held-out images that the best epoch was chosen by" in " ".join(found["model"]["notes"])
+
+
 class TestTheCommand:
     def test_leaves_a_checkpoint_that_export_takes(self, trained, tmp_path):
         found, _ = trained
@@ -95,6 +116,11 @@ class TestTheCommand:
         assert 12 + 3 <= page.count("<img") <= 16 + 3  # of 16 held-out pictures; the kernels of conv1, and the maps of both
         assert "conv1</code>: weights" in page
         assert "conv2</code>: maps of the first held-out picture" in page
+
+    def test_says_that_the_best_epoch_was_chosen_by_the_pictures_it_is_judged_on(self, trained):
+        found, _ = trained
+
+        assert any("the best of 8 epochs was chosen by these held-out images" in note for note in found["notes"])
 
     def test_the_terminal_says_where_everything_is(self, trained):
         text = training.as_text(trained[0])

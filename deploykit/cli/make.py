@@ -244,11 +244,26 @@ def export_command(
 
 
 def _run(recipe: Recipe, output: Path | None) -> Mapping[str, Any]:
+    _refuse_several_processes(recipe)
     from deploykit import pipeline
 
     command = shlex.join(["deploykit", *(printable(word) for word in sys.argv[1:])])
     with progress_bars() as progress:
         return pipeline.run(recipe, output or _RUNS / recipe.name, command=command, progress=progress)
+
+
+def _refuse_several_processes(recipe: Recipe) -> None:
+    """Of a whole run that torchrun starts several times, each would write the same folder."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    fix = "start it without torchrun"
+    if recipe.finetune is not None:
+        fix = (
+            "train first: torchrun --nproc-per-node N -m deploykit finetune MODEL --data DIR --output OUT; then "
+            "deploykit run OUT/recipe.toml --output OUT takes what was trained"
+        )
+    why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: torchrun starts several processes, and training alone is shared by them"
+    raise UsageError("a run is one process", why=why, fix=fix)
 
 
 def _cpu_runtimes() -> list[str]:

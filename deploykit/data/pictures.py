@@ -67,7 +67,7 @@ def preprocess(image: Image.Image, how: Preprocess) -> NDArray[Any]:
     if how.fit == "stretch":
         image = image.resize((width, height), _RESAMPLING[how.interpolation])
     elif how.resize is not None:
-        image = image.resize(_with_shorter_side(image.size, how.resize), _RESAMPLING[how.interpolation])
+        image = image.resize(with_shorter_side(image.size, how.resize), _RESAMPLING[how.interpolation])
     centre = _offset(image.width, width), _offset(image.height, height)
     if how.frames is None:
         return _cropped(image, centre, how)
@@ -203,7 +203,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _with_shorter_side(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+def with_shorter_side(size: tuple[int, int], shorter: int) -> tuple[int, int]:
     """(width, height) with the aspect ratio kept and the longer side rounded down, as torchvision rounds it."""
     width, height = size
     longer = int(shorter * max(size) / min(size))

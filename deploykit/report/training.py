@@ -9,7 +9,7 @@ from typing import Any
 
 from deploykit.artifact import Artifact
 from deploykit.errors import printable
-from deploykit.finetune import EXAMPLES
+from deploykit.finetune import EXAMPLES, HISTORY
 from deploykit.finetune.state import Epoch
 from deploykit.report import decisions, network, units
 from deploykit.report.html import page
@@ -22,12 +22,13 @@ _WORST = 10
 
 def told(made: Artifact, out: str, report: str) -> dict[str, Any]:
     """The result of `deploykit finetune` as plain JSON values."""
-    history = json.loads((made.folder / "history.json").read_text())
+    history = json.loads((made.folder / HISTORY).read_text())
     best = max((Epoch(**epoch) for epoch in history), key=lambda one: one.rank)
     keys = ("model", "weights", "notes", "train_images", "val_images", "device", "processes", "augmentation", "confusion")
     return {
         "kind": "finetune",
         **{key: made.facts[key] for key in (*keys, "sheets")},
+        "notes": [*made.facts["notes"], *_chosen(history)],  # type: ignore[misc]
         "classes": list(made.classes),
         "best_epoch": best.epoch,
         "best_val_accuracy": best.val_accuracy,
@@ -39,6 +40,15 @@ def told(made: Artifact, out: str, report: str) -> dict[str, Any]:
         "report": report,
         "exit_code": 0,
     }
+
+
+def _chosen(history: Sequence[object]) -> list[str]:
+    if len(history) < 2:
+        return []
+    return [
+        f"the best of {len(history)} epochs was chosen by these held-out images, so expect a little less of new ones; "
+        "data.validate names images for deploykit run that had no part in it"
+    ]
 
 
 def as_text(found: Result) -> str:
