@@ -37,7 +37,7 @@ from deploykit.jsonable import to_json
 RELEASES, ENGINES, HEALTH, CURRENT, PREVIOUS, STATE = "releases", "engines", "health", "current", "previous", "state.json"
 RESERVE = "reserve"
 _SCHEMA = 1
-_RESERVE_BYTES = 64 << 10
+_RESERVE_BYTES = 1 << 20  # of 128 KiB that are free xfs does not make one small file: it asks for room for a chunk of inodes
 _ID = re.compile(r"[0-9a-f]{64}")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -170,7 +170,7 @@ def install(root: Path, id: str, fill: Callable[[Path], None]) -> bool:
         _fsync(final.parent)  # whoever gave it this name may have been killed before the name was on the disk
         return False
     make_folder(root / RELEASES)
-    if not (root / RESERVE).is_file():
+    if not (root / RESERVE).is_file() or (root / RESERVE).stat().st_size < _RESERVE_BYTES:
         publish.write_file(root / RESERVE, bytes(_RESERVE_BYTES))
     with publish.directory(final) as folder:
         fill(folder)

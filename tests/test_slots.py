@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -165,10 +166,10 @@ except DeploykitError as error: print(error)
 class TestAFullDisk:
     @pytest.fixture
     def root(self, tmp_path):
-        """A device on a file system of 512 KiB, with a release to go back to and not one byte left."""
+        """A device on a file system of 2 MiB, with a release to go back to and not one byte left."""
         root = tmp_path / "full"
         root.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(root)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(root)]
         if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
             pytest.skip("wants the right to mount a small tmpfs (root, or CAP_SYS_ADMIN)")
         activate(installed(root, A, B), A)
@@ -187,6 +188,29 @@ class TestAFullDisk:
         assert slots.recover(root, Moment("boot two", 0.0)) == [f"went back from {B}, which was not confirmed"]
         assert running(root) == A
 
+    def test_on_xfs_which_wants_room_for_inodes_it_goes_back_too(self, tmp_path):
+        if shutil.which("mkfs.xfs") is None:
+            pytest.skip("wants the Debian package xfsprogs")
+        image, root = tmp_path / "image", tmp_path / "disk"
+        root.mkdir()
+        with image.open("wb") as file:
+            file.truncate(320 << 20)  # the least that mkfs.xfs takes
+        subprocess.run(["mkfs.xfs", "-q", image], check=True)
+        if subprocess.run(["mount", "-o", "loop", image, root], capture_output=True, check=False).returncode:
+            pytest.skip("wants the right to mount a loop device with xfs (root, or CAP_SYS_ADMIN)")
+        try:
+            activate(installed(root, A, B), A)
+            activate(root, B)
+            with (root / "log").open("wb") as log:
+                for size in (64 << 20, 1 << 20, 1 << 12):
+                    with suppress(OSError):
+                        while True:
+                            os.posix_fallocate(log.fileno(), os.fstat(log.fileno()).st_size, size)
+
+            assert slots.rollback(root) == A
+        finally:
+            subprocess.run(["umount", root], check=True)
+
     def test_the_reserve_is_there_again_after_the_next_install(self, root):
         slots.rollback(root)
         assert not (root / "reserve").exists()
@@ -194,7 +218,7 @@ class TestAFullDisk:
 
         installed(root, C)
 
-        assert (root / "reserve").stat().st_size == 64 << 10
+        assert (root / "reserve").stat().st_size == 1 << 20
 
     def test_without_the_reserve_the_old_state_stays_and_the_reason_is_told(self, root):
         (root / "reserve").unlink()
