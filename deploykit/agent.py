@@ -20,7 +20,6 @@ import os
 import runpy
 import shutil
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +27,14 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from deploykit import artifact, benchmark, bundle, infer, lease, parity, publish, runtimes, slots, watchdog
+from deploykit import artifact, benchmark, bundle, engines, infer, lease, runtimes, slots, watchdog
 from deploykit import build as builder
-from deploykit.artifact import Artifact, Precision, Samples, read_artifact
+from deploykit.artifact import read_artifact
 from deploykit.benchmark import judge
 from deploykit.bundle import Manifest, archive, incoming
 from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict, parse_rule, worst
-from deploykit.jsonable import digest, to_json
+from deploykit.jsonable import finite, to_json
 from deploykit.machine import Machine, installed_version
 from deploykit.slots import Moment
 
@@ -79,7 +78,7 @@ def run(words: Sequence[str]) -> int:
 
 def to_json_object(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts as plain JSON values; a number that JSON has not (infinity, NaN) becomes text."""
-    return cast(dict[str, Any], _finite(to_json(facts)))
+    return cast(dict[str, Any], finite(to_json(facts)))
 
 
 def probe(_asked: argparse.Namespace) -> Answer:
@@ -188,7 +187,7 @@ def build(asked: argparse.Namespace) -> Answer:
         label = _label(manifest, asked.model)
         runtime, model = label.partition("-")[0], read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
         _require_space(root, _BUILD_COPIES * model.path.stat().st_size)
-        key = _machine_key(runtime)
+        key = engines.machine_key(runtime)
         final = root / slots.ENGINES / id / f"{label}-{asked.threads}-{key}"
         found = artifact.find(final, key)
         if found is None:
@@ -206,13 +205,12 @@ def check_parity(asked: argparse.Namespace) -> Answer:
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
         _require_space(root, 0)
-        engine = _engine(root, id, asked.engine)
+        engine = engines.find(root, id, asked.engine)
         health = slots.read_health(root, id)
         found = health.checked.get(engine.folder.name)
         if found is None or found["identity"] != engine.identity:
-            parts = {"parity": _parity(engine), "precision": _precision(engine, _model_of(root, id, engine))}
-            found = {"identity": engine.identity, **parts}
-            _keep(root, id, engine, found)
+            found = engines.judged(root, id, engine)
+            engines.keep(root, id, engine, found)
     verdicts = [Verdict(found[part]["verdict"]) for part in ("parity", "precision")]
     return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[worst(verdicts)])
 
@@ -223,9 +221,9 @@ def measure(asked: argparse.Namespace) -> Answer:
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
         slots.refuse_during_trial(root, id)
-        manifest, engine = _check_release(root, id), _engine(root, id, asked.engine)
+        manifest, engine = _check_release(root, id), engines.find(root, id, asked.engine)
         _require_space(root, 0)
-        found = _proven(root, id, engine)
+        found = engines.proven(root, id, engine)
         settings = {"processes": asked.processes, "queries": asked.queries, "warmup": 5, "seed": 0}
         report = benchmark.benchmark({id: engine}, **settings, offline_batches=[1], offline_seconds=0.0)
         gates = [judge.judge(parse_rule(text), report, id) for text in manifest.gate]
@@ -233,7 +231,7 @@ def measure(asked: argparse.Namespace) -> Answer:
         verdict = worst([gate.verdict for gate in gates])
         # Without a rule nothing was asked, and what was asked for nothing passes.
         found = {**found, "latency": to_json({**latency, "verdict": verdict or Verdict.PASS})}
-        _keep(root, id, engine, found)
+        engines.keep(root, id, engine, found)
     return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[verdict])
 
 
@@ -243,18 +241,18 @@ def activate(asked: argparse.Namespace) -> Answer:
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
         manifest, before = _check_release(root, id), slots.current(root)
-        if before == id and _is_running(root, id, asked.engine):
+        if before == id and engines.is_running(root, id, asked.engine):
             return Answer({"id": id, "activated": False})
         _refuse_other(root, manifest, asked.allow_downgrade)
         slots.refuse_during_trial(root, id)
         _require_space(root, 0)
-        engine = _checked_engine(root, id, asked.engine)
-        found = _proven(root, id, engine)
-        verdicts = _verdicts(id, found, manifest)
+        engine = engines.checked(root, id, asked.engine)
+        found = engines.proven(root, id, engine)
+        verdicts = engines.verdicts(id, found, manifest)
         if (verdict := worst(verdicts.values())) is not Verdict.PASS:
             why = {part: found[part] for part, said in verdicts.items() if said is not Verdict.PASS}
             return Answer({"id": id, "activated": False, "current": before, "refused": why}, EXIT_CODES[verdict])
-        _run_with(root, id, engine, verdicts, is_trial=asked.confirm_within is not None)
+        engines.run_with(root, id, engine, verdicts, is_trial=asked.confirm_within is not None)
         note = f"downgrade to release {manifest.release} ({id})" if _is_downgrade(root, manifest) else ""
         slots.activate(root, id, within_s=asked.confirm_within, now=Moment.now(), note=note)
     gate = "kept" if manifest.gate else "the bundle has no latency budget, so none was checked"
@@ -319,97 +317,6 @@ def infer_file(asked: argparse.Namespace) -> Answer:
         [{"class": classes[i], "value": row[i]} for i in order] for row, order in zip(rows.tolist(), best.tolist(), strict=True)
     ]
     return Answer({"release": opened.id, "top": top})
-
-
-def _parity(engine: Artifact) -> dict[str, Any]:
-    """Conversion error on the golden samples: the engine against its own graph executed literally."""
-    if len(engine.outputs) != 1:
-        raise CapabilityError("parity on a device knows networks with one output", why=f"this one has {len(engine.outputs)}")
-    samples = _samples(engine)
-    session = runtimes.get(str(engine.facts["runtime"])).load(engine)
-    try:
-        answered = runtimes.answers(session, engine, runtimes.pieces(engine, samples))
-    finally:
-        session.close()
-    found = parity.conversion({engine.outputs[0].name: answered}, samples, engine.precision)
-    return cast(dict[str, Any], _finite(to_json(found)))
-
-
-def _samples(engine: Artifact) -> Samples:
-    """The golden samples, which are as strange as whoever packed them. Pickles in them are refused, not opened."""
-    try:
-        found = engine.samples()
-        names = {spec.name for spec in engine.outputs}
-        if (
-            not {spec.name for spec in engine.inputs} <= found.inputs.keys()
-            or not names == found.expected.keys() == found.reference.keys()
-        ):
-            raise ValueError("they are not of this network's inputs and outputs")
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"the golden samples of {engine.folder.name} cannot be used", why=str(error)) from error
-    return found
-
-
-def _precision(engine: Artifact, model: Artifact) -> dict[str, Any]:
-    """Which layers run in int8, and those that were meant to and do not."""
-    found = runtimes.get(str(engine.facts["runtime"])).realised(engine, model)
-    if model.precision is not Precision.INT8:
-        return {"verdict": Verdict.PASS.value, "int8": found.int8, "layers": len(found.layers), "in_float": []}
-    kept = set(cast(Mapping[str, str], model.facts.get("kept_float", model.facts.get("float_layers", {}))))
-    floats = [f"{layer.name}: {layer.why}" for layer in found.layers if layer.precision != "int8" and layer.name not in kept]
-    verdict = Verdict.FAIL if floats else Verdict.PASS
-    return {"verdict": verdict.value, "int8": found.int8, "layers": len(found.layers), "in_float": floats}
-
-
-def _is_running(root: Path, id: str, asked: str | None) -> bool:
-    """Whether a current release runs with the engine that was asked for: any, when none was, that is for this machine."""
-    running = slots.read_health(root, id).running
-    if running is None:
-        return False
-    key = _machine_key(running.engine.partition("-")[0])
-    return running.engine.endswith(f"-{key}") if asked is None else running.engine == asked
-
-
-def _checked_engine(root: Path, id: str, asked: str | None) -> Artifact:
-    """The engine to activate: the one that was named, or the only one for this machine."""
-    if not slots.read_health(root, id).checked:
-        raise UsageError(f"the release {id} has not been checked on this device", fix="run build and parity first")
-    engine = _engine(root, id, asked)
-    runtimes.get(str(engine.facts["runtime"])).load(engine).close()
-    return engine
-
-
-def _verdicts(id: str, found: Mapping[str, Any], manifest: Manifest) -> dict[str, Verdict]:
-    """What was said of each part that this release has to pass."""
-    if manifest.gate and "latency" not in found:
-        raise UsageError(f"the release {id} has a latency budget and was not measured", fix="run benchmark first")
-    parts = ("parity", "precision", *(["latency"] if manifest.gate else []))
-    return {part: Verdict(found[part]["verdict"]) for part in parts}
-
-
-def _run_with(root: Path, id: str, engine: Artifact, verdicts: Mapping[str, Verdict], *, is_trial: bool) -> None:
-    """Let the release run with this engine: from now on when it is current, else from its activation on."""
-    if is_trial and slots.current(root) == id:
-        why = "a trial goes back to another release, and not to another engine"
-        raise UsageError(f"the release {id} is current already", why=why, fix="leave --confirm-within out")
-    running = slots.Running(engine.folder.name, engine.identity, verdicts)
-    slots.write_health(root, id, replace(slots.read_health(root, id), running=running))
-
-
-def _proven(root: Path, id: str, engine: Artifact) -> Mapping[str, Any]:
-    """What was said of this engine, as it is now."""
-    found = slots.read_health(root, id).checked.get(engine.folder.name)
-    if found is None:
-        raise UsageError(f"the engine {engine.folder.name} of release {id} has not been checked yet", fix="run parity first")
-    if found["identity"] != engine.identity:
-        raise UsageError(f"the engine of release {id} is another one than was checked", fix="run parity again")
-    return found
-
-
-def _keep(root: Path, id: str, engine: Artifact, found: Mapping[str, Any]) -> None:
-    """Write down what was said of one engine; what was said of others, and which one runs, stays."""
-    health = slots.read_health(root, id)
-    slots.write_health(root, id, replace(health, checked={**health.checked, engine.folder.name: found}))
 
 
 def _fill(folder: Path, opened: bundle.Bundle) -> None:
@@ -497,32 +404,6 @@ def _label(manifest: Manifest, asked: str | None) -> str:
     return able[0]
 
 
-def _engine(root: Path, id: str, asked: str | None) -> Artifact:
-    """The engine of a release that was named, or the only one for this machine."""
-    folder = root / slots.ENGINES / slots.release_folder(root, id).name
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [name for name in found if not name.endswith(publish.UNFINISHED)]
-    keys = {runtime: _machine_key(runtime) for runtime in {name.partition("-")[0] for name in found}}
-    names = [name for name in found if name == asked or (asked is None and name.endswith(f"-{keys[name.partition('-')[0]]}"))]
-    if not names:
-        raise UsageError(f"there is no engine of release {id} for this machine", fix="run build first")
-    if len(names) > 1:
-        raise UsageError(f"there are several engines of release {id}: {', '.join(names)}", fix="name one with --engine")
-    return read_artifact(folder / names[0])
-
-
-def _model_of(root: Path, id: str, engine: Artifact) -> Artifact:
-    label = engine.folder.name.rsplit("-", 2)[0]
-    return read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
-
-
-def _machine_key(runtime: str) -> str:
-    """Twelve digits for what an engine depends on: the runtime's version and the machine."""
-    entry = runtimes.REGISTRY.get(runtime)
-    version = None if entry is None else installed_version(entry.package)
-    return digest(to_json([runtime, version, Machine.probe().identity]))[:12]
-
-
 def _require_space(root: Path, needed: int) -> None:
     place = root
     while not place.exists():
@@ -541,14 +422,6 @@ def _signers(asked: argparse.Namespace) -> Path | None:
     if named is None and root is not None and os.path.lexists(root / SIGNERS):
         return root / SIGNERS
     return named
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _seconds(text: str) -> float:

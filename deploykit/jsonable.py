@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -38,6 +39,15 @@ def to_json(value: Any) -> JSON:
     if hasattr(value, "tolist"):  # numpy arrays and scalars
         return to_json(value.tolist())
     raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def finite(value: JSON) -> JSON:
+    """The same value, with text in place of a number that JSON has not: infinity and NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: JSON) -> str:

@@ -35,7 +35,7 @@ FLOORS = (
         *("finetune", "export", "quantize", "build", "parity", "benchmark", "sources", "emulate", "foreign"),
         *("bundle", "infer", "lease", "watchdog"),
     },
-    {"report", "inspect", "viewing", "bundled", "device"},
+    {"report", "inspect", "viewing", "bundled", "device", "engines"},
     {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast"},
     {"deploy"},
     {"pipeline", "agent", "fleet"},
@@ -48,7 +48,18 @@ DEVICE = (
     "runtimes.cudart",
     *("build", "parity", "emulate"),
     *("benchmark", "benchmark.process", "benchmark.judge"),
-    *("bundle", "bundle.archive", "bundle.signature", "bundle.incoming", "slots", "lease", "watchdog", "infer", "agent"),
+    *(
+        "bundle",
+        "bundle.archive",
+        "bundle.signature",
+        "bundle.incoming",
+        "slots",
+        "lease",
+        "watchdog",
+        "infer",
+        "engines",
+        "agent",
+    ),
 )
 # The same, but it loads only where there is TensorRT.
 WITH_A_GPU = ("runtimes.tensorrt",)
