@@ -378,14 +378,21 @@ def _half(work: Work, model: Artifact) -> Artifact:
     def make(folder: Path) -> Artifact:
         from deploykit.quantize import half
 
-        return half.to_fp16(model, folder)
+        return half.to_fp16(model, folder, float32=work.recipe.build.float32)
 
     return work.stage(
         f"{model.folder.name}-fp16",
         make,
         parents=[model.identity],
-        summary=lambda made: f"{made.facts['tensors']} float tensors in fp16, {made.facts['underflows']} weights became zero",
+        settings=list(work.recipe.build.float32),
+        summary=_halved,
     )
+
+
+def _halved(made: Artifact) -> str:
+    facts, kept = made.facts, len(cast(Sequence[str], made.facts["float32_nodes"]))
+    told = f"{facts['tensors']} float tensors in fp16, {facts['underflows']} weights became zero"
+    return f"{told}, {kept} nodes stay in float32" if kept else told
 
 
 def _lint(recipe: Recipe, models: Sequence[Artifact]) -> dict[str, dict[str, int]]:

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from deploykit import build, parity, quantize, runtimes
 from deploykit.artifact import Artifact, Precision
 from deploykit.errors import DataError, StageError, UsageError
-from deploykit.quantize import half, observe, optimal, place
+from deploykit.quantize import half, lint, observe, optimal, place
 from deploykit.quantize.histogram import SAMPLE
 from deploykit.quantize.insert import insert
 from deploykit.quantize.ranges import Range, affine_uint8, minmax, percentile, symmetric_int8
@@ -850,3 +850,75 @@ class TestHalf:
         artifact = half.to_fp16(source, networks.made(tmp_path / "half"))
 
         assert artifact.facts["underflows"] == 8
+
+
+class TestWhatStaysInFloat32:
+    BODY = """[first] c = Conv(image, w)  [relu] r = Relu(c)  [soft] s = Softmax<axis = 1>(r)  [gate] g = Sigmoid(s)
+              [scaled] m = Mul(g, f)  [both] a = Add(r, f)  [joined] j = Add(m, a)  [top] logits = GlobalAveragePool(j)"""
+
+    def source(self, folder, body=BODY):
+        return networks.by_hand(networks.made(folder), body, {"w": networks.weights(5, 3, 3, 3), "f": np.float32([[[3.3]]])})
+
+    def types(self, artifact) -> dict[str, str]:
+        """Of each node the float type that it computes in."""
+        graph = onnx.shape_inference.infer_shapes(onnx.load(artifact.path), strict_mode=True, data_prop=True).graph
+        known = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+        return {node.name: onnx.TensorProto.DataType.Name(known[node.output[0]]) for node in graph.node}
+
+    def test_softmax_does_without_being_asked_with_one_cast_at_each_edge(self, tmp_path):
+        artifact = half.to_fp16(self.source(tmp_path / "source"), networks.made(tmp_path / "half"))
+
+        types = self.types(artifact)
+        assert artifact.facts["float32_nodes"] == ["soft"]
+        assert {name for name, kind in types.items() if kind == "FLOAT"} == {"soft", "r/float32/Cast", "logits/Cast"}
+        assert {name for name in types if name.endswith("Cast")} == {
+            *("image/Cast", "r/float32/Cast", "s/fp16/Cast", "logits/Cast")
+        }
+        samples = artifact.samples()
+        assert parity.tensor_errors(samples.expected["logits"], samples.reference["logits"]).sqnr_db > 50
+
+    def test_nodes_do_by_name_pattern_or_operator_and_neighbours_of_these_share_no_cast(self, tmp_path):
+        source = self.source(tmp_path / "source")
+
+        for asked in (["gate", "scaled"], ["gat*", "scal*"], ["Sigmoid", "Mul"]):
+            artifact = half.to_fp16(source, networks.made(tmp_path / asked[0]), float32=asked)
+
+            assert artifact.facts["float32_nodes"] == ["soft", "gate", "scaled"]
+            types = self.types(artifact)
+            assert {name for name in types if name.endswith("Cast")} == {
+                *("image/Cast", "r/float32/Cast", "m/fp16/Cast", "logits/Cast")
+            }
+            assert {constants(artifact)[name].dtype.name for name in ("f", "w")} == {"float16"}
+            assert constants(artifact)["f/float32"] == np.float32(3.3)  # not rounded to half on the way
+
+    def test_all_of_them_is_the_float_graph_without_a_cast(self, tmp_path):
+        source = self.source(tmp_path / "source")
+
+        artifact = half.to_fp16(source, networks.made(tmp_path / "half"), float32=["*"])
+
+        assert "Cast" not in {node.op_type for node in nodes_of(artifact)}
+        assert np.array_equal(artifact.samples().expected["logits"], source.samples().expected["logits"])
+
+    def test_a_network_that_does_not_fit_does_with_the_nodes_that_are_named(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 8, 8), "factor": np.float32(60_000), "back": np.float32(1e-9)}
+        body = "[up] large = Mul(image, factor) [more] larger = Mul(large, factor) [down] x = Mul(larger, back)"
+        source = networks.by_hand(tmp_path / "source", f"{body} [conv] logits = Conv(x, w)", values)
+        with pytest.raises(StageError, match=r"in float32 \(build\.float32\)"):
+            half.to_fp16(source, networks.made(tmp_path / "half"))
+
+        artifact = half.to_fp16(source, networks.made(tmp_path / "typed"), float32=["Mul"])
+
+        samples = artifact.samples()
+        assert parity.tensor_errors(samples.expected["logits"], samples.reference["logits"]).sqnr_db > 50
+
+    def test_what_fits_no_node_is_refused_with_names_that_do(self, tmp_path):
+        with pytest.raises(UsageError, match=r"build\.float32 fits no node\n  - sofd\n  try: .* nodes: first, relu, soft"):
+            half.to_fp16(self.source(tmp_path / "source"), networks.made(tmp_path / "half"), float32=["soft", "sofd"])
+
+    def test_a_layer_in_int8_stays_so(self, for_runtime, tmp_path):
+        model = for_runtime("residual", "tensorrt")
+
+        artifact = half.to_fp16(model, tmp_path, float32=["Conv", "Gemm"])
+
+        assert not {*artifact.facts["float32_nodes"]} & {*model.facts["int8_layers"]}
+        assert {finding.severity for finding in lint.lint(artifact.path, "tensorrt")} <= {"note"}

@@ -104,7 +104,7 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     content.pop("gate", None)
     for key in ("name", "root"):
         content.get("data", {}).pop(key, None)
-    for key in ("float_type", "keep"):
+    for key in ("float_type", "float32", "keep"):
         content.get("build", {}).pop(key, None)
     content.get("quantize", {}).pop("cpu", None)
     for key in ("mode", "cache_features", "views"):

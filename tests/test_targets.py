@@ -231,6 +231,28 @@ class TestJetPack:
     def test_of_its_releases_those_build_whose_tensorrt_takes_precision_from_the_graph(self):
         assert [release.jetpack for release in jetpack.building(targets.find("orin-nano"))] == ["6.1", "7.2"]
 
+    def test_tensorrt_11_is_for_agx_orin_and_thor_with_jetpack_7_2_2(self):
+        with_11 = {name for name in NAMES if any(found.tensorrt == "11.4.1" for found in jetpack.of(targets.find(name)))}
+
+        assert with_11 == {"agx-orin-32gb", "agx-orin-64gb", "agx-orin-industrial", "thor-t4000", "thor-t5000"}
+
+    @pytest.mark.parametrize(
+        ("l4t", "jetpack_"),
+        [("36.4.3", "6.1"), ("36.5", "6.1"), ("36.3.0", "6.0"), ("35.6.4", "5.1"), ("38.4", "7.0"), ("39.2.1", "7.2")],
+    )
+    def test_doctor_knows_a_jetpack_by_its_l4t_and_says_what_its_tensorrt_does(self, l4t, jetpack_):
+        release, able = jetpack.here(l4t, None)
+
+        assert release.startswith(f"JetPack {jetpack_} (L4T {l4t}) comes with CUDA")
+        assert able.startswith(f"TensorRT {jetpack.RELEASES[jetpack_].tensorrt} ")
+
+    def test_doctor_tells_of_the_tensorrt_that_is_installed_and_of_none_where_there_is_none(self):
+        assert "newest opset 20; on DLA cores: FP16 alone" in jetpack.here(None, "10.3.0")[0]
+        assert "no engine of ours" in jetpack.here("35.4.1", None)[1]
+        assert "11.4.0 takes" in jetpack.here("39.2", "11.4.0")[1]
+        assert jetpack.here("99.1", None) == ["L4T 99.1 is of no JetPack that is known here"]
+        assert jetpack.here(None, None) == []
+
 
 class TestRefusals:
     """What a laptop says before it exports for a board that could not build the engine."""
@@ -264,9 +286,10 @@ class TestRefusals:
 
     def test_q_dq_does_not_run_on_a_dla_core_of_jetpack_6_and_fp16_does(self):
         assert self.told("agx-orin", dla_core=1, int8=False) == []
-        assert self.told("agx-orin", dla_core=1) == [
+        assert self.told("orin-nx", dla_core=1) == [
             "TensorRT 10.3.0 of JetPack 6.1 does not take Q/DQ on a DLA core: FP16 alone runs there"
         ]
+        assert self.told("agx-orin", dla_core=1) == []  # with JetPack 7.2.2
         assert "a DLA core computes in FP16 or INT8" in self.told("agx-orin", dla_core=1, int8=False, float_type="fp32")[0]
 
 

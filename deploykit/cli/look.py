@@ -80,14 +80,21 @@ def doctor_command(as_json: bool) -> None:
     from deploykit.jsonable import to_json
     from deploykit.machine import Machine
     from deploykit.report import text
+    from deploykit.targets import jetpack
+    from deploykit.telemetry import board
 
     machine, given_up = Machine.probe(), child.gives_up()
+    engines = jetpack.here(board.l4t() if board.is_jetson() else None, machine.versions.get("tensorrt"))
     found = {name: runtimes.why_not(name) for name in runtimes.REGISTRY}
     if as_json:
         loads = {name: why or "loads" for name, why in found.items()}
-        click.echo(json.dumps({"machine": to_json(machine), "runtimes": loads, "readers_give_up": given_up}, indent=1))
+        click.echo(
+            json.dumps(
+                {"machine": to_json(machine), "runtimes": loads, "readers_give_up": given_up, "engines": engines}, indent=1
+            )
+        )
     else:
-        click.echo(text.doctor(machine, found, given_up), nl=False)
+        click.echo(text.doctor(machine, found, given_up, engines), nl=False)
 
 
 @click.command("clean")

@@ -57,7 +57,7 @@ def plan(graph: ir.Graph, rules: QdqRules, keep_float: Sequence[str] = ()) -> Pl
     fits no layer.
     """
     nodes = [node for node in graph if _is_layer(node)]
-    unknown = [pattern for pattern in keep_float if not any(_fits(node.name or "", pattern) for node in nodes)]
+    unknown = [pattern for pattern in keep_float if not any(fits(node.name or "", pattern) for node in nodes)]
     if unknown:
         names = ", ".join(str(node.name) for node in nodes[:5])
         raise UsageError("quantize.float_layers names no layer", problems=unknown, fix=f"layers are called {names}, ...")
@@ -112,12 +112,12 @@ def _is_layer(node: ir.Node) -> bool:
 
 def _judge(node: ir.Node, rules: QdqRules, keep_float: Sequence[str]) -> LayerPlan:
     name = node.name or ""
-    chosen = any(_fits(name, pattern) for pattern in keep_float)
+    chosen = any(fits(name, pattern) for pattern in keep_float)
     why = KEPT if chosen else _why_float(node, rules)
     return LayerPlan(name, node.op_type, not why, why)
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """A name fits itself, brackets and all."""
     return name == pattern or fnmatchcase(name, pattern)
 

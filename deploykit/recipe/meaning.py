@@ -55,6 +55,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone: ONNX Runtime on a CPU has no float16 '
             "kernels for convolutions and would cast every layer to float32, and so does OpenVINO here"
         )
+    if recipe.build.float32 and recipe.build.float_type == "fp32":
+        yield 'build.float32 names what stays in float32 with build.float_type = "fp16" (--fp16), and all of it does without'
     if recipe.build.float_type == "fp16" and recipe.export.input != "float":
         yield (
             f'export.input = {recipe.export.input!r} with build.float_type = "fp16": scaling the bytes would be rounded to '

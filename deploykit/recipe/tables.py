@@ -245,6 +245,11 @@ class BuildTable:
     float_type: Literal["fp32", "fp16"] = setting(
         "what stays float in TensorRT's graphs: fp16 types them in half precision", "fp32"
     )
+    float32: tuple[str, ...] = setting(
+        "with float_type fp16: operators, and nodes by name or pattern, that stay in float32: 'Sigmoid', 'head.*'; beside "
+        "softmax, exponentials, powers, sums over axes and NMS, which always do",
+        (),
+    )
     threads: int = setting("threads of a CPU engine; 0 takes the cores this process may use", 0, low=0, high=1024)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -272,8 +272,9 @@ def models(entries: Iterable[Entry]) -> str:
     return _render([table])
 
 
-def doctor(machine: Machine, reasons: Mapping[str, str], given_up: Mapping[str, bool]) -> str:
-    """The machine, its packages, why a runtime does not load, and what processes that read files of others give up."""
+def doctor(machine: Machine, reasons: Mapping[str, str], given_up: Mapping[str, bool], engines: Sequence[str] = ()) -> str:
+    """The machine, its packages, why a runtime does not load, what processes that read files of others give up, and what is
+    known of the TensorRT that is here."""
     table = _table("this machine", "", "")
     table.add_row("CPU", f"{machine.cpu} ({machine.arch}), {machine.cores} cores to use")
     table.add_row("features", ", ".join(machine.features) or "none known")
@@ -282,6 +283,8 @@ def doctor(machine: Machine, reasons: Mapping[str, str], given_up: Mapping[str, 
     )
     table.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB")
     table.add_row("GPU", machine.gpu or "none found (nvidia-smi)")
+    for fact in engines:
+        table.add_row("engines", fact)
     kept = [name for name, is_gone in given_up.items() if not is_gone]
     allowed = (
         f"may use {' and '.join(kept)}, which this kernel or container lets no process give up"

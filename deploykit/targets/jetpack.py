@@ -5,6 +5,7 @@ Sources: NVIDIA's JetPack archive pages; jetson_stats' version map; release note
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,8 @@ RELEASES = {
         Release("6.1", "36.4 to 36.5", "22.04", "3.10", "12.6", "10.3.0", "9.3"),
         Release("7.0", "38.2 to 38.4", "24.04", "3.12", "13.0", "10.13", "9.12"),
         Release("7.2", "39.2", "24.04", "3.12", "13.2", "10.16", "9"),
+        # 11.4.1 can be installed there, as the package for ARM servers; the empty ones are not published.
+        Release("7.2.2", "", "", "", "13", "11.4.1", ""),
     )
 }
 
@@ -78,6 +81,35 @@ _ABILITIES = (
 def abilities(tensorrt: str) -> Abilities:
     """What that version of TensorRT does; of a range of versions the newest."""
     return next(found for found in _ABILITIES if _version(tensorrt) >= found.since)
+
+
+def here(l4t: str | None, tensorrt: str | None) -> list[str]:
+    """What of this table holds for a machine with that L4T (None: it is no Jetson) and that TensorRT (None: it has none)."""
+    release = None if l4t is None else _of_l4t(l4t)
+    told = []
+    if release is not None:
+        brings = f"CUDA {release.cuda}, TensorRT {release.tensorrt}, Python {release.python}"
+        told.append(f"JetPack {release.jetpack} (L4T {l4t}) comes with {brings}")
+    elif l4t is not None:
+        told.append(f"L4T {l4t} is of no JetPack that is known here")
+    version = tensorrt or (release.tensorrt if release is not None else None)
+    if version is None:
+        return told
+    able = abilities(version)
+    if not able.strongly_typed:
+        return [*told, f"TensorRT {version} does not take precision from the graph: no engine of ours is built with it"]
+    dla = {"none": "none", "fp16": "FP16 alone, no Q/DQ"}.get(able.dla, "FP16 and Q/DQ, on AGX Orin")
+    takes = "INT8 and FP16 from the graph, with FP16 scales"
+    return [*told, f"TensorRT {version} takes {takes}; newest opset {able.opset}; on DLA cores: {dla}"]
+
+
+def _of_l4t(l4t: str) -> Release | None:
+    numbers = [int(part) for part in re.findall(r"\d+", l4t)]
+    for release in RELEASES.values():
+        ends = [[int(part) for part in end.split(".")] for end in release.l4t.split(" to ") if end]
+        if ends and ends[0] <= numbers[: len(ends[0])] and numbers[: len(ends[-1])] <= ends[-1]:
+            return release
+    return None
 
 
 def building(target: Target) -> list[Release]:
