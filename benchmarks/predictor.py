@@ -3,6 +3,7 @@
 python benchmarks/predictor.py rows PUBLISHED.csv   choose the rows by the rule, before anything is fitted
 python benchmarks/predictor.py [--output DIR]       cross-validate on them, print every row, keep everything raw
 python benchmarks/predictor.py store                fit on all of them and write deploykit/targets/constants.json
+python benchmarks/predictor.py kernels [NAME ...]   count the kernels of classifiers and write deploykit/targets/kernels.json
 python benchmarks/predictor.py operations           our operation counts beside torchvision's, all of its classifiers
 python benchmarks/predictor.py others PUBLISHED.csv  the stored constants on published rows that are not in the list, all tiers
 python benchmarks/predictor.py transfer             calibrate each device on a few of its networks, predict its others
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,7 @@ import numpy as np
 
 from deploykit import targets
 from deploykit.jsonable import to_json
-from deploykit.targets import fit, latency
+from deploykit.targets import fit, known, latency
 from deploykit.targets.fit import Row
 from deploykit.targets.latency import Constants, Domain
 from deploykit.targets.layers import Network
@@ -69,6 +70,7 @@ DEVICES = {
     "Jetson Nano 4GB": "jetson-nano",
     "Jetson TX2": "jetson-tx2",
 }
+ROUNDED_GMACS = 0.0005  # what torchvision's figures are rounded by, at most
 SAME = {"resnet50_v1.5": "resnet50"}
 BY_FRAMEWORK = ("Paddle-TRT predictor", "torch2trt module call", "python, host timing")
 
@@ -330,10 +332,41 @@ def _rounded(constants: Constants) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
+@main.command("kernels")
+@click.argument("names", nargs=-1)
+@click.option("--most-gmacs", type=float, default=math.inf, help="Leave larger networks out.")
+@click.option("--again", is_flag=True, help="Those too that are stored.")
+def kernels_command(names: tuple[str, ...], most_gmacs: float, again: bool) -> None:
+    """Of these networks, or of all classifiers; small ones first. What is stored counts as done, so it may be interrupted."""
+    from deploykit import models
+    from deploykit.forecast import graphs
+
+    for entry in sorted(models.catalogue(), key=lambda entry: entry.gmacs):
+        is_wanted = entry.name in names if names else entry.task == "classify" and entry.gmacs <= most_gmacs
+        if is_wanted and (again or known.network(entry.name) is None):
+            start = time.perf_counter()
+            found = graphs.built(entry.name)
+            keep(found)
+            click.echo(
+                f"{entry.name}: {len(found.layers)} kernels, {found.macs / 1e9:.3f} GMACs ({time.perf_counter() - start:.0f} s)"
+            )
+
+
+def keep(found: Network) -> None:
+    """Store a network's kernels, in place of older ones of its name; one line for each network."""
+    content = {**json.loads(known.STORED.read_text()), found.name: [astuple(layer) for layer in found.layers]}
+    lines = [f"{json.dumps(name)}: {json.dumps(content[name], separators=(',', ':'))}" for name in sorted(content)]
+    known.STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 @main.command("operations")
 @click.option("--most-gmacs", type=float, default=math.inf, help="Leave larger networks out, and say so.")
-def operations_command(most_gmacs: float) -> None:
-    """torchvision counts multiply-accumulates of convolutions and matrix products and calls them operations."""
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of raw results.")
+def operations_command(most_gmacs: float, output: Path | None) -> None:
+    """torchvision counts multiply-accumulates of convolutions and matrix products and calls them operations.
+
+    Its figures are rounded to a thousandth of 10^9; only what is farther off than that is a difference.
+    """
     import torchvision
     from torchvision.models import get_model_weights, list_models
 
@@ -343,14 +376,18 @@ def operations_command(most_gmacs: float) -> None:
         name: next((float(one.meta["_ops"]) for one in get_model_weights(name) if "_ops" in one.meta), 0.0)
         for name in list_models(module=torchvision.models)
     }
-    errors = {}
+    errors: dict[str, float] = {}
+    rows = []
     for name, wanted in sorted(counted.items(), key=lambda item: item[1]):
         if 0 < wanted <= most_gmacs:
             found = forecast.network_of(name).macs / 1e9
-            errors[name] = 100 * (found / wanted - 1)
-            click.echo(f"{name:28} {found:9.3f} {wanted:9.3f} {errors[name]:6.2f} %")
+            beyond = max(0.0, abs(found - wanted) - ROUNDED_GMACS)
+            errors[name] = 100 * math.copysign(beyond, found - wanted) / wanted
+            rows.append({"network": name, "gmacs": found, "torchvision_gmacs": wanted, "percent": errors[name]})
+            click.echo(f"{name:28} {found:9.4f} {wanted:9.3f} {errors[name]:6.2f} %")
     worst = max(errors, key=lambda name: abs(errors[name]))
     click.echo(f"{len(errors)} networks of {len(counted)}; farthest off: {worst}, {errors[worst]:.2f} %")
+    _results.write("predictor_operations", {"rounded_gmacs": ROUNDED_GMACS, "rows": rows}, output)
 
 
 @main.command("others")

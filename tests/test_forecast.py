@@ -26,7 +26,7 @@ from deploykit.cli import cli
 from deploykit.errors import ModelError, UsageError
 from deploykit.forecast import graphs, measured
 from deploykit.report import forecast as text
-from deploykit.targets import fit, latency, layers
+from deploykit.targets import fit, known, latency, layers
 from deploykit.targets.fit import Row
 from deploykit.targets.latency import Fit
 from deploykit.targets.layers import Layer, Network
@@ -179,10 +179,28 @@ def test_operations_are_those_that_torchvision_counts(name):
     assert named(name).macs / 1e9 == pytest.approx(wanted, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_kernels_that_come_with_deploykit_are_those_that_are_built(name):
+    """Otherwise: python benchmarks/predictor.py kernels --again."""
+    stored, built = known.network(name), named(name)
+
+    assert stored is not None
+    assert (stored.macs, stored.weights, stored.unknown) == (built.macs, built.weights, built.unknown)
+    assert [replace(layer, name="") for layer in stored.layers] == [replace(layer, name="") for layer in built.layers]
+
+
+def test_a_name_is_predicted_without_torch():
+    program = (
+        "import sys\nfrom deploykit import forecast\nassert forecast.network_of('resnet18').macs > 1e9\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 @cache
 def named(name: str) -> Network:
     """Building and exporting one takes seconds."""
-    return forecast.network_of(name)
+    return graphs.built(name)
 
 
 def simple(macs: int = 10**8, *, kind: str = "convolution", count: int = 20) -> Network:
@@ -255,12 +273,21 @@ class TestLatency:
 
         assert [time.arithmetic for time in latency.predict(mixed, ORIN, "int8").layers] == ["int8", "fp16"]
 
+    def test_on_a_gpu_swish_between_int8_layers_moves_half_precision(self):
+        swish = node("Mul", "a s", "b"), node("Sigmoid", "a", "s")
+        made = layers.of_model(graph(CONV, swish[1], swish[0], shapes={"w": [8, 16, 3, 3]}), name="g")
+
+        convolution, activation = latency.layer_times(made, targets.find("orin-nano"), "int8", 1, STORED.gpu)
+
+        assert (convolution.arithmetic, activation.arithmetic) == ("int8", "fp16")
+        assert activation.bytes == 2 * 2 * 8 * 64
+
     def test_on_a_cpu_what_has_no_integer_kernel_stays_float(self):
         swish = node("Mul", "a s", "b"), node("Sigmoid", "a", "s")
         made = layers.of_model(graph(CONV, swish[1], swish[0], node("Relu", "b", "c"), shapes={"w": [8, 16, 3, 3]}), name="g")
         on_gpu, on_cpu = (latency.arithmetics(made, targets.find(name), "int8") for name in ("orin-nano", "x86-vnni"))
 
-        assert set(on_gpu) == {"int8"}
+        assert on_gpu == ["int8", "fp16"]
         assert on_cpu == ["int8", "fp32"]
 
     @pytest.mark.parametrize(
@@ -540,6 +567,14 @@ class TestTheCommands:
         for choice in found:
             if choice["fits"] == "fits":
                 assert choice["prediction"]["interval_ns"][1] <= 1e6
+
+    def test_a_file_is_planned_without_torch(self, portable):
+        program = (
+            "import sys\nfrom deploykit import forecast, targets\n"
+            f"assert forecast.plan({str(portable('residual').path)!r}, targets.find('orin-nano'), 1e6)\n"
+            "assert 'torch' not in sys.modules, 'torch was imported'"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
     def test_smaller_relatives_are_of_the_same_family(self):
         assert list(forecast._smaller("resnet50")) == ["resnet34", "resnet18"]

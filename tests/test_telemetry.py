@@ -229,6 +229,13 @@ class TestABoardsFiles:
 
         assert board.look(jetson.root).temperatures_c == {}
 
+    def test_the_constant_of_a_nanos_pmic_is_no_heat(self, jetson):
+        before = board.look(jetson.root)
+        jetson.write("sys/class/thermal/thermal_zone1/type", "PMIC-Die")
+        jetson.write("sys/class/thermal/thermal_zone1/temp", 100_000)
+
+        assert throttling.between(before, board.look(jetson.root)) == []
+
     def test_another_machine_is_not_asked(self, jetson):
         (jetson.root / "etc/nv_tegra_release").unlink()
         (jetson.root / "proc/device-tree/model").unlink()

@@ -1,7 +1,7 @@
 """A model that somebody names -> its kernels: a bundle, an artifact's folder, an ONNX file, or a name.
 
-A name is built and exported in memory, with random weights, because latency does not depend on them; everything else is read
-without torch.
+The kernels of most networks that have a name come with deploykit; any other is built and exported in memory, with random weights,
+because latency does not depend on them. Everything else is read without torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deploykit import bundle
 from deploykit.artifact import MANIFEST, Artifact, Format, artifact_of, digest_file, read_artifact
 from deploykit.errors import UsageError, printable
 from deploykit.intake import door
-from deploykit.targets import layers
+from deploykit.targets import known, layers
 from deploykit.targets.layers import Network
 
 
@@ -35,7 +35,7 @@ def network_of(model: str, *, size: int | None = None, precision: str | None = N
         if artifact_of(path) is None:
             door.onnx_file(path)
         return layers.read(path, size=size)
-    return _of_name(model)
+    return known.network(model) or built(model)
 
 
 def of_engine(engine: Artifact) -> Network:
@@ -69,7 +69,8 @@ def _of_bundle(path: Path, precision: str | None, size: int | None) -> Network:
         return layers.read(graph, size=size)
 
 
-def _of_name(name: str) -> Network:
+def built(name: str) -> Network:
+    """The kernels of a network by its name, as torch exports it now. Raises ModelError for an unknown one."""
     import numpy as np
     import onnx_ir as ir
 

@@ -179,7 +179,7 @@ def _network(row: Mapping[str, Any]) -> Network:
         layers.append(Layer(operators=tuple(map(str, told["operators"])), **texts, **numbers))
     if not layers:
         raise ValueError("there are none")
-    return Network(row["model"], tuple(layers), (), any(layer.is_int8 for layer in layers))
+    return Network.of(row["model"], layers, has_qdq=any(layer.is_int8 for layer in layers))
 
 
 def _target(told: Mapping[str, Any]) -> Target:

@@ -42,6 +42,10 @@ _INT8_ON_A_CPU = frozenset(
     {"Add", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Relu", "Clip"}
     | {"Resize", "Transpose", "Split", "Slice", "Gather"}
 )
+# TensorRT computes these in half precision between int8 layers: what it reads and writes is twice as wide.
+_FLOAT_ON_A_GPU = frozenset(
+    {"Swish", "HardSwish", "Mish", "Gelu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "Elu", "Softmax"}
+)
 _PARTS: tuple[Literal["floor", "compute", "memory"], ...] = ("floor", "compute", "memory")
 
 
@@ -255,18 +259,20 @@ def outside(network: Network, target: Target, precision: str, batch: int, fit: F
 def arithmetics(network: Network, target: Target, precision: Arithmetic) -> list[Arithmetic]:
     """What each kernel computes in: in an INT8 graph with Q/DQ, a product that is not quantized stays float.
 
-    On a CPU so does what has no integer kernel, such as swish and norms, wherever it stands.
+    So does, in INT8 of any kind, what has no integer kernel: swish on a GPU, on a CPU norms too.
     """
+    if precision != "int8":
+        return [precision] * len(network.layers)
     stays: Arithmetic = "fp16" if target.kind == "gpu" and target.rate("fp16") > 0 else "fp32"
-    is_mixed = precision == "int8" and network.has_qdq
-    is_cpu = precision == "int8" and target.kind == "cpu"
-    return [
-        stays
-        if (is_mixed and layer.macs and not layer.is_int8)
-        or (is_cpu and not layer.macs and not _INT8_ON_A_CPU.issuperset(layer.operators))
-        else precision
-        for layer in network.layers
-    ]
+
+    def is_float(layer: Layer) -> bool:
+        if layer.macs:
+            return network.has_qdq and not layer.is_int8
+        if target.kind == "gpu":
+            return not _FLOAT_ON_A_GPU.isdisjoint(layer.operators)
+        return not _INT8_ON_A_CPU.issuperset(layer.operators)
+
+    return [stays if is_float(layer) else precision for layer in network.layers]
 
 
 @dataclass(frozen=True)

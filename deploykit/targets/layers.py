@@ -67,6 +67,12 @@ class Network:
     unknown: tuple[str, ...]
     has_qdq: bool
 
+    @classmethod
+    def of(cls, name: str, layers: Sequence[Layer], *, has_qdq: bool = False) -> Network:
+        """The network of these kernels."""
+        unknown = sorted({op for layer in layers if layer.kind == "other" for op in layer.operators[:1]} - _KNOWN)
+        return cls(name, tuple(layers), tuple(unknown), has_qdq)
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
@@ -100,9 +106,8 @@ def of_model(model: onnx.ModelProto, *, name: str, size: int | None = None) -> N
         for node in model.graph.node
     ]
     groups = fusion.fused(operators, constants, shapes, [value.name for value in model.graph.output])
-    layers = tuple(_layer(group, shapes, constants) for group in groups)
-    unknown = sorted({op for layer in layers if layer.kind == "other" for op in layer.operators[:1]} - _KNOWN)
-    return Network(name, layers, tuple(unknown), any(node.op_type == "DequantizeLinear" for node in model.graph.node))
+    has_qdq = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    return Network.of(name, [_layer(group, shapes, constants) for group in groups], has_qdq=has_qdq)
 
 
 def _shapes(model: onnx.ModelProto, name: str, size: int | None) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:

@@ -98,7 +98,8 @@ def _temperatures(root: Path) -> dict[str, float]:
     found = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         name, milli = _text(zone / "type").strip(), _number(zone / "temp")
-        if name and milli is not None and milli > -200_000:
+        # Nano's PMIC-Die reads 100 degrees whatever happens; an unpowered zone reads -256.
+        if name and not name.lower().startswith("pmic") and milli is not None and milli > -200_000:
             found[name.removesuffix("-thermal").lower()] = milli / 1000
     return found
 
