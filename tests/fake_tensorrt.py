@@ -49,7 +49,8 @@ class World:
     """What surrounds a fake TensorRT: its version, the GPU and its runtime, and what of it is wrong.
 
     dla_cores: how many it finds. memory_needed: the workspace without which no tactic fits. crash: set when an exception left a
-    callback, which ends a real process. built: the timings that builds used and made.
+    callback, which ends a real process. on_parse changes what is built, as an error of TensorRT's own would. built: the timings
+    that builds used and made.
     """
 
     version: str
@@ -58,8 +59,10 @@ class World:
     memory_needed: int = 0
     refuses_capture: bool = False
     on_step: Callable[[int], None] = lambda step: None
+    on_parse: Callable[[onnx.ModelProto], None] = lambda model: None
     crash: BaseException | None = None
     flags: set[str] = field(default_factory=set)
+    cleared: set[str] = field(default_factory=set)
     parser_flags: set[str] = field(default_factory=set)
     runs_on: int | None = None
     timed: int = 0
@@ -385,6 +388,9 @@ class _IBuilderConfig:
     def set_flag(self, flag: Any) -> None:
         self._flags.add(flag)  # type: ignore[attr-defined]
 
+    def clear_flag(self, flag: Any) -> None:
+        self._world.cleared.add(flag.name)  # type: ignore[attr-defined]
+
     def add_optimization_profile(self, profile: Any) -> int:
         self._profiles.append(profile)  # type: ignore[attr-defined]
         return len(self._profiles) - 1  # type: ignore[attr-defined]
@@ -448,6 +454,7 @@ class _OnnxParser:
         except Exception as error:
             self._found = [("", "", f"Failed to parse the ONNX model: {type(error).__name__}")]
             return False
+        self._network._world.on_parse(model)
         self._found = [
             (node.name, node.op_type, "No importer registered for op") for node in model.graph.node if node.op_type in _REFUSED
         ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +18,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fake_cuda import FakeCuda, Faults
+from fake_tensorrt import World, installed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -22,7 +27,7 @@ from onnx import numpy_helper
 from deploykit.artifact import Artifact, write_manifest
 from deploykit.bisect import MARGIN, Bisection, bisect, command, graph, noise, text
 from deploykit.bisect.hooks import Watched
-from deploykit.errors import UsageError
+from deploykit.errors import DeploykitError, UsageError
 
 FORMS = ("float", "onnxruntime", "tensorrt")
 INT8 = FORMS[1:]
@@ -688,8 +693,6 @@ class TestPyTorchAsTheReference:
 @pytest.fixture(scope="module")
 def artifacts(portable, tmp_path_factory) -> tuple[Artifact, Artifact]:
     """The residual network in float and INT8, as finished stages leave them."""
-    from dataclasses import replace
-
     root = tmp_path_factory.mktemp("artifacts")
     source = networks.exported("residual", root / "float")
     made = networks.quantized(source, "onnxruntime", root / "int8")
@@ -813,6 +816,99 @@ class TestTheCommand:
         assert good.code == 0
         assert bad.code == 3
         assert bad.out.startswith("conv2/Conv (Conv of module conv2)")
+
+
+@pytest.fixture
+def gpu() -> Iterator[World]:
+    """A fake GPU with a fake TensorRT, executed by ONNX Runtime; what is still taken at the end of a test is a leak."""
+    world = World("10.3.0", FakeCuda())
+    with installed(world):
+        yield world
+    assert world.cuda.left() == []
+    assert world.crash is None
+
+
+def on_tensorrt(a: Path, b: Path, **words: int) -> dict:
+    return command.compare(str(a), b, runtime="tensorrt", **words)
+
+
+class TestOnTensorRt:
+    """Every tensor that both graphs have is an output of an engine; none of this has run on TensorRT itself."""
+
+    @pytest.mark.parametrize("kind", ["float", "tensorrt"])
+    def test_nothing_is_found_in_a_good_graph(self, form, gpu, kind):
+        found = on_tensorrt(form("residual", "float"), form("residual", kind))
+
+        assert (found["exit_code"], found["failure"], found["images"], found["passes"]) == (0, "", 8, 1)
+        assert "on TensorRT, every tensor an output" in text.as_text(found)
+        assert len(found["layers"]) > 10
+
+    @pytest.mark.parametrize("kind", ["float", "tensorrt"])
+    def test_an_error_of_tensorrt_alone_is_found_in_its_layer_and_cured(self, form, gpu, kind):
+        def miscomputed(model: onnx.ModelProto) -> None:
+            if any(node.name == SECOND for node in model.graph.node):
+                weights(SECOND, lambda values: -values)(model)
+
+        gpu.on_parse = miscomputed
+        a, b = form("residual", "float"), form("residual", kind)
+
+        found = on_tensorrt(a, b)
+
+        assert (found["exit_code"], found["culprit"]["node"], found["passes"]) == (3, SECOND, 2)
+        assert found["proof"]["cured"]
+        assert command.compare(str(a), b)["exit_code"] == 0
+
+    def test_a_layer_that_tensorrt_refuses_is_the_culprit_with_its_own_words(self, form, gpu):
+        def without_it(model: onnx.ModelProto) -> None:
+            for node in model.graph.node:
+                node.op_type = "QLinearConv" if node.name == SECOND else node.op_type
+
+        gpu.on_parse = without_it
+
+        found = on_tensorrt(form("residual", "float"), form("residual", "float"))
+
+        assert (found["exit_code"], found["culprit"]["node"]) == (3, SECOND)
+        assert "No importer registered for op" in found["failure"]
+        assert "No importer registered for op" in found["culprit"]["failure"]
+
+    def test_images_that_fill_no_batch_are_repeated_since_an_engine_has_one_size(self, form, gpu):
+        found = on_tensorrt(form("residual", "float"), form("residual", "float"), count=6)
+
+        assert (found["exit_code"], found["images"]) == (0, 6)
+
+    def test_float32_is_float32_and_no_timing_is_kept(self, form, gpu, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+        on_tensorrt(form("residual", "float"), form("residual", "float"))
+
+        assert gpu.cleared == {"TF32"}
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_the_recipe_says_of_tensorrt_holds(self, artifacts, gpu, tmp_path):
+        path = tmp_path / "same"
+        shutil.copytree(artifacts[0].folder, path)
+        write_manifest(
+            path, replace(artifacts[0], path=path / artifacts[0].path.name, facts={"tensorrt": {"version_compatible": True}})
+        )
+
+        on_tensorrt(path, path)
+
+        assert "VERSION_COMPATIBLE" in gpu.flags
+
+    @pytest.mark.parametrize("place", [0.05, 0.5, 0.97])
+    def test_a_gpu_that_fails_is_no_fault_of_a_layer_and_nothing_stays_on_it(self, form, gpu, place):
+        a = form("residual", "float")
+        on_tensorrt(a, a)
+        gpu.cuda.faults = Faults(at=int(place * len(gpu.cuda.faults.called)))
+
+        with suppress(DeploykitError):
+            assert on_tensorrt(a, a)["suspects"] == []
+
+    def test_it_ends_with_4_where_there_is_none(self, deploykit, artifacts):
+        done = deploykit("bisect", artifacts[0].path, artifacts[0].path, "--runtime", "tensorrt")
+
+        assert done.code == 4
+        assert "tensorrt" in done.err
 
 
 def test_two_graphs_are_compared_without_torch():

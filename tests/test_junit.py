@@ -216,6 +216,20 @@ class TestARun:
         assert of_int8.details == ("fc1/Gemm (Gemm) runs in fp32: not fused",)
         assert of_torchscript.details == ()
 
+    def test_names_these_layers_in_the_message_of_a_rule_of_answers(self, finished_result):
+        layers = finished_result["engines"][1]["realised"]["layers"]
+        layers[0] = {"name": "fc1/Gemm", "op": "Gemm", "precision": "fp32", "kernel": "Gemm", "why": "not fused"}
+        finished_result["gates"][3] |= {"rule": "onnxruntime int8: drop <= 0.5 points", "verdict": "fail", "reason": "2 points"}
+
+        assert summary.of_run(finished_result).gates[3].reason == "2 points; in float: fc1/Gemm"
+
+    def test_says_how_to_find_the_layer_where_none_is_known(self, finished_result):
+        finished_result["gates"][3] |= {"rule": "onnxruntime int8: drop <= 0.5 points", "verdict": "fail", "reason": "2 points"}
+        out = finished_result["out"]
+
+        told = f"2 points; deploykit bisect {out}/export-onnx {out}/quantize-onnxruntime names the layer"
+        assert summary.of_run(finished_result).gates[3].reason == told
+
     def test_lists_nothing_for_a_gate_that_passed(self, finished_result):
         flip = {"image": "a.jpg", "label": None, "reference": "cat", "engine": "dog", "reference_margin": 1.0}
         finished_result["parity"][2] |= {"disagreements": [flip], "disagreement_count": 1}
@@ -357,6 +371,20 @@ class TestParityOfTwo:
 
         assert (of_numbers.details, of_decisions.details) == ((), ("a.jpg: cat became dog",))
         assert of_numbers.seconds + of_decisions.seconds == 4.0
+
+    def test_of_two_graphs_that_are_apart_says_how_to_find_the_layer(self, finished):
+        gate = {"rule": "logits: B answers like A (max|d| <= 1)", "observed": 1, "interval": None, "reason": "far"}
+        found = {
+            "sides": [{"label": label, "name": label, "kind": "a graph"} for label in "AB"],
+            "decisions": None,
+            "gates": [{**gate, "verdict": "fail"}],
+            "machine": json.loads(finished.outcome.out)["machine"],
+            "notes": ["deploykit bisect a.onnx b.onnx names the layer"],
+        }
+
+        (told,) = summary.of_parity(found, seconds=1.0).gates
+
+        assert told.reason == "far; deploykit bisect a.onnx b.onnx names the layer"
 
     def test_names_a_hundred_of_the_images_that_flipped_and_says_how_many_are_left_out(self, finished):
         a, b = np.eye(2)[[0] * 150], np.eye(2)[[1] * 140 + [0] * 10]

@@ -22,7 +22,8 @@ from deploykit.bisect import graph as graphs
 from deploykit.bisect.graph import Graph
 from deploykit.bisect.layers import Layers
 from deploykit.bisect.noise import Seen
-from deploykit.errors import DeploykitError, StageError, UsageError, printable
+from deploykit.bisect.opening import OnOnnxRuntime, Opening, Session
+from deploykit.errors import StageError, UsageError, printable
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import onnxruntime, padded
 
@@ -99,20 +100,27 @@ class Bisection:
 
 
 def bisect(
-    a: Path, b: Path, batches: Batches, *, network: Network | None = None, total: int = 0, progress: Progress = silent
+    a: Path,
+    b: Path,
+    batches: Batches,
+    *,
+    network: Network | None = None,
+    opening: Opening | None = None,
+    total: int = 0,
+    progress: Progress = silent,
 ) -> Bisection:
     """Find the first layer of the graph at `b` that does not compute what that of the reference `a` does, and prove it.
 
     Tensors are the same when their names are. `batches()` gives preprocessed images (n, C, H, W), `total` of them, and is called
     once for each pass. With a `network`, from which `a` was exported, its modules say what is right where they give a tensor of
-    `a`.
+    `a`. `opening` says where the suspect runs, which is ONNX Runtime; the reference always runs there.
 
     Raises UsageError when the graphs have no tensors in common, there are no images, or the reference gives NaN or infinity.
     """
     reference = graphs.read(a)
     suspect = graphs.read(b, like=reference)
     anchors = graphs.common(reference, suspect)
-    first = _Pass(reference, suspect, anchors, network)
+    first = _Pass(reference, suspect, anchors, network, opening or OnOnnxRuntime())
     answers = [first.add(batch) for batch in _announced(batches(), "bisect", total, progress)]
     if not answers:
         raise UsageError("there is no image to compare on")
@@ -144,26 +152,28 @@ def bisect(
 class _Pass:
     """The three graphs that see every image: the reference, the suspect, and the suspect's layers each by itself."""
 
-    def __init__(self, a: Graph, b: Graph, anchors: Sequence[str], network: Network | None) -> None:
-        self.a, self.b, self.anchors, self.network = a, b, anchors, network
+    def __init__(self, a: Graph, b: Graph, anchors: Sequence[str], network: Network | None, opening: Opening) -> None:
+        self.a, self.b, self.anchors, self.network, self.opening = a, b, anchors, network, opening
+        self.size = a.batch or b.batch
         self.seen: dict[str, Seen] = {name: Seen() for name in anchors}
         for node in b.proto.graph.node:
             if node.op_type == graphs.QUANTIZE and node.input[0] in self.seen:
                 self.seen[node.input[0]].clipped[noise.representable(b, node)[1:]] = np.zeros(1)
         self.failure = ""
         self._reference = onnxruntime.reference(graphs.exposing(a, anchors), arena=False)
-        self.alone = Layers(b, anchors, a.ranks)
-        self._whole: onnxruntime.OnnxSession | None = None
+        self.alone = Layers(b, anchors, a.ranks, opening)
+        self._whole: Session | None = None
         try:
-            self._whole = onnxruntime.reference(graphs.exposing(b, anchors), arena=False)
-        except DeploykitError as error:
+            self._whole = opening(graphs.exposing(b, anchors))
+        except (StageError, UsageError) as error:
             self.failure = error.why
 
     def add(self, images: Images) -> NDArray[np.float32]:
         """Run a batch, and return what the reference answers."""
         (source,) = self.a.inputs
         # A graph with a fixed batch sees the last images again where some are missing, and so they count again.
-        fed = np.ascontiguousarray(padded(images, self.a.batch or self.b.batch))
+        self.size = self.size or (len(images) if self.opening.one_size else None)
+        fed = np.ascontiguousarray(padded(images, self.size))
         wanted = {source: fed, **_run(self._reference, source, fed)}
         if self.network is not None:
             wanted |= {name: value for name, value in self.network(fed).items() if name in self.seen}
@@ -186,7 +196,7 @@ class _Pass:
             return {}
 
 
-def _run(session: onnxruntime.OnnxSession, source: str, images: Images) -> Tensors:
+def _run(session: Session, source: str, images: Images) -> Tensors:
     """All outputs, where they lie until the next run."""
     session.feed({source: images})
     session.execute()
@@ -252,11 +262,13 @@ def _proof(run: _Pass, culprit: Layer, before_db: float | None, pairs: Iterable[
     a, b, output = run.a, run.b, Seen()
     (source,), result = b.inputs, b.outputs[0]
     try:
-        session = onnxruntime.reference(graphs.cured(a, b, _to_cure(a, culprit, run.anchors), run.anchors))
+        session = run.opening(graphs.cured(a, b, _to_cure(a, culprit, run.anchors), run.anchors))
         for images, wanted in pairs:
-            answer = _run(session, source, np.ascontiguousarray(padded(images, b.batch)))[result]
+            answer = _run(session, source, np.ascontiguousarray(padded(images, run.size if run.opening.one_size else b.batch)))[
+                result
+            ]
             output.add(wanted, None, answer[: len(images)])
-    except DeploykitError as error:
+    except (StageError, UsageError) as error:
         return Proof(before_db, None, cured=False, why=f"something else stops it too, {error.why.strip()}")
     after = _decibels(output.total, output.signal)
     if after is not None and (before_db is None or after - before_db >= -10 * math.log10(_CURED)):

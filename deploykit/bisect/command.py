@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from deploykit import bisect as bisection
 from deploykit import data
 from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, Samples, read_artifact
 from deploykit.bisect import graph as graphs
+from deploykit.bisect.opening import OnOnnxRuntime, Opening, on_tensorrt
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict
 from deploykit.intake import door
@@ -35,6 +36,7 @@ class Side:
     """A graph, and what is known about the inputs it was made for."""
 
     path: Path
+    model: Artifact | None = None
     preprocess: Preprocess | None = None
     samples: NDArray[np.float32] | None = None
 
@@ -46,17 +48,23 @@ def compare(
     images: Path | None = None,
     count: int = 32,
     weights: str | None = None,
+    runtime: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Bisect B against A on pictures of the folder `images`, at most `count`; else on A's golden samples; else on noise.
 
     A is an ONNX file, an artifact's folder, or, with `weights`, the name of a PyTorch network, which is exported and then
-    watched while it runs. `exit_code` is 3 when a layer was found or the two were made for inputs prepared in different ways.
+    watched while it runs. B runs on ONNX Runtime, or on TensorRT with the options of its own recipe. `exit_code` is 3 when a
+    layer was found or the two were made for inputs prepared in different ways.
 
-    Raises UsageError for what is neither, and when nothing says how a picture becomes an input.
+    Raises UsageError for what is neither, and when nothing says how a picture becomes an input; CapabilityError where there is
+    no TensorRT, or no GPU, and it is asked for.
     """
     with ExitStack() as stack:
         suspect, network = _side(b), None
+        opening: Opening = OnOnnxRuntime()
+        if runtime == "tensorrt":
+            opening = stack.enter_context(closing(on_tensorrt(suspect.model)))
         if weights is None:
             reference = _side(Path(a))
         else:
@@ -70,6 +78,7 @@ def compare(
             suspect.path,
             lambda: _batches(inputs, reference, suspect),
             network=network,
+            opening=opening,
             total=len(inputs),
             progress=progress,
         )
@@ -77,7 +86,7 @@ def compare(
     wrong = found.culprit is not None or bool(differences) or bool(found.failure)
     facts = cast("dict[str, Any]", to_json(found))
     code = EXIT_CODES[Verdict.FAIL] if wrong else 0
-    return {"a": printable(a), "b": printable(b), **facts, "preprocessing": differences, "exit_code": code}
+    return {"a": printable(a), "b": printable(b), "runtime": runtime, **facts, "preprocessing": differences, "exit_code": code}
 
 
 def _side(path: Path) -> Side:
@@ -92,7 +101,7 @@ def _side(path: Path) -> Side:
         if found.format is not Format.ONNX:
             why = f"it is a {found.format.value} of stage {found.stage}"
             raise UsageError(f"{printable(path)} cannot be bisected", why=why, fix="name the ONNX graph that it was made from")
-        return Side(found.path, found.preprocess, _golden(found))
+        return Side(found.path, found, found.preprocess, _golden(found))
     door.onnx_file(path)
     door.rehearse(path)
     return Side(path)
@@ -129,7 +138,7 @@ def _exported(name: str, weights: str, folder: Path) -> tuple[Side, Model]:
         )
     inputs = _noise((_EXPORT_SAMPLES, *model.preprocess.shape))
     made = export.onnx_model(model, inputs, None, ExportTable(), folder)
-    return Side(made.path, model.preprocess), model
+    return Side(made.path, None, model.preprocess), model
 
 
 def _inputs(a: Side, b: Side, folder: Path | None, count: int) -> NDArray[np.float32]:

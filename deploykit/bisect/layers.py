@@ -9,26 +9,26 @@ import numpy as np
 from deploykit.artifact import Tensors
 from deploykit.bisect import graph as graphs
 from deploykit.bisect.graph import Graph
-from deploykit.errors import DeploykitError
-from deploykit.runtimes import onnxruntime
+from deploykit.bisect.opening import Opening, Session
+from deploykit.errors import StageError, UsageError
 
 
 class Layers:
     """All layers of a graph that can run, in one session. `refused` says of the others what the runtime said, by tensor."""
 
-    def __init__(self, graph: Graph, anchors: Sequence[str], ranks: Mapping[str, int]) -> None:
+    def __init__(self, graph: Graph, anchors: Sequence[str], ranks: Mapping[str, int], opening: Opening) -> None:
         self.refused: dict[str, str] = {}
-        self._graph, self._anchors, self._ranks = graph, anchors, ranks
+        self._graph, self._anchors, self._ranks, self._opening = graph, anchors, ranks, opening
         try:
             self._session, self._given = self._opened(None)
-        except DeploykitError:
+        except (StageError, UsageError):
             self._leave_out(None)
 
     def run(self, values: Tensors) -> Tensors:
         """What each layer makes of `values`, the anchors by name; nothing where it cannot run."""
         try:
             return self._run(self._session, self._given, values)
-        except DeploykitError:
+        except (StageError, UsageError):
             self._leave_out(values)
             return self._run(self._session, self._given, values)
 
@@ -38,18 +38,21 @@ class Layers:
         for name in tensors:
             try:
                 session, given = self._opened([name])
-                if values is not None:
-                    self._run(session, given, values)
-            except DeploykitError as error:
+                try:
+                    if values is not None:
+                        self._run(session, given, values)
+                finally:
+                    session.close()
+            except (StageError, UsageError) as error:
                 self.refused[name] = error.why.strip() or error.what
         self._session, self._given = self._opened([name for name in tensors if name not in self.refused])
 
-    def _opened(self, tensors: Sequence[str] | None) -> tuple[onnxruntime.OnnxSession, Mapping[str, str]]:
+    def _opened(self, tensors: Sequence[str] | None) -> tuple[Session, Mapping[str, str]]:
         content, given = graphs.alone(self._graph, self._anchors, self._ranks, tensors)
-        return onnxruntime.reference(content, arena=False), given
+        return self._opening(content), given
 
     @staticmethod
-    def _run(session: onnxruntime.OnnxSession, given: Mapping[str, str], values: Tensors) -> Tensors:
+    def _run(session: Session, given: Mapping[str, str], values: Tensors) -> Tensors:
         session.feed({inner: np.ascontiguousarray(values[name]) for name, inner in given.items()})
         session.execute()
         return session.views()

@@ -32,6 +32,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     others = [layer["node"] for layer in found["suspects"][1:]]
     if others:
         yield f"  also beyond, after it: {', '.join(others[:_LISTED])}{', ...' * (len(others) > _LISTED)}"
+    if found["runtime"] == "tensorrt":
+        yield "on TensorRT, every tensor an output: nothing is fused across one, so these are not the kernels of an engine"
     yield ""
     yield from _table(sorted(found["layers"], key=lambda layer: -float(layer["excess_db"]))[:_LISTED])
 

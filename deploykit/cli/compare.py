@@ -296,8 +296,14 @@ def parity_command(
 @click.option("--data", "images", type=click.Path(path_type=Path), metavar="DIR", help="Images to compare on.")
 @click.option("--images", "count", type=click.IntRange(1), default=32, help="At most so many of them.  [default: 32]")
 @click.option("--weights", metavar="default|none|FILE", help="A is a PyTorch network, with these weights.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    help="Where B runs, with every tensor an output; wants TensorRT and a GPU.  [default: onnxruntime]",
+)
 @for_ci("bisect")
-def bisect_command(a: str, b: Path, images: Path | None, count: int, weights: str | None) -> Mapping[str, Any]:
+def bisect_command(a: str, b: Path, images: Path | None, count: int, weights: str | None, runtime: Any) -> Mapping[str, Any]:
     """Find the first layer of B that is wrong.
 
     A is right: an ONNX file, an artifact, or with --weights a network by name or FILE.py:factory. B is an ONNX file or artifact
@@ -307,7 +313,7 @@ def bisect_command(a: str, b: Path, images: Path | None, count: int, weights: st
     from deploykit.bisect import command
 
     with progress_bars() as progress:
-        return command.compare(a, b, images=images, count=count, weights=weights, progress=progress)
+        return command.compare(a, b, images=images, count=count, weights=weights, runtime=runtime, progress=progress)
 
 
 def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:

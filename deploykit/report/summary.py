@@ -14,6 +14,9 @@ from deploykit.report import units
 from deploykit.report.parts import Result
 
 _LISTED = 100
+_NAMED = 5  # layers, in a message
+_BISECT, _ANSWERS = "deploykit bisect ", "B answers like A"  # a note, and the gate that it is about
+_FOR_INT8 = "every layer meant for int8"  # a gate whose own reason names them
 
 
 class Status(Enum):
@@ -74,7 +77,10 @@ def of_run(result: Result) -> Summary:
     stages = {stage["name"]: stage["seconds"] for stage in result["stages"]}
     judged = [(gate, _stage_of(gate["rule"])) for gate in result["gates"]]
     counts = {stage: sum(of == stage for _, of in judged) for _, stage in judged}
-    gates = [_gate(gate, stage, stages.get(stage, 0.0) / counts[stage], _details(result, gate["rule"])) for gate, stage in judged]
+    gates = [
+        _gate(_blaming(gate, result), stage, stages.get(stage, 0.0) / counts[stage], _details(result, gate["rule"]))
+        for gate, stage in judged
+    ]
     verdict = {"benchmark": measured["verdict"]} if measured else {}
     return Summary(
         name=result["name"],
@@ -148,9 +154,14 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
     ]
     unlisted = _unlisted([found["decisions"]] if found["decisions"] else [])
     lines = tuple(_cut([f"{image}: {a} became {b}" for image, a, b, _ in flips], unlisted))
+    hint = next((note for note in found["notes"] if note.startswith(_BISECT)), "")
+    judged = [
+        _with_reason(gate, hint) if hint and gate["verdict"] == Status.FAIL.value and _ANSWERS in gate["rule"] else gate
+        for gate in found["gates"]
+    ]
     return Summary(
         name="parity",
-        gates=tuple(_gate(gate, "", share, lines if _rule_in(gate["rule"]) else ()) for gate in found["gates"]),
+        gates=tuple(_gate(gate, "", share, lines if _rule_in(gate["rule"]) else ()) for gate in judged),
         seconds=seconds,
         tables=_filled(_first("Images decided otherwise", ("image", "A", "B", "label"), iter(flips), unlisted)),
         notes=tuple(found["notes"]),
@@ -240,6 +251,24 @@ def _details(result: Result, gate: str) -> Iterator[str]:
         if _is_on(label, gate):
             lines.append(f"{layer} ({operator}) runs in {precision}{f': {why}' * bool(why)}")
     yield from _cut(lines, _unlisted(cases))
+
+
+def _blaming(gate: Mapping[str, Any], result: Result) -> Mapping[str, Any]:
+    """A gate of answers that failed, with what may be to blame in its reason: layers in float, or else what names the layer."""
+    if gate["verdict"] != Status.FAIL.value or _stage_of(gate["rule"]) == "benchmark" or _FOR_INT8 in gate["rule"]:
+        return gate
+    engine = next((one for one in result["engines"] if _is_on(one["label"], gate["rule"])), None)
+    floats = [layer for label, layer, *_ in _in_float(result) if _is_on(label, gate["rule"])]
+    if floats:
+        return _with_reason(gate, f"in float: {', '.join(floats[:_NAMED])}{', ...' * (len(floats) > _NAMED)}")
+    graph = None if engine is None else f"quantize-{engine['runtime']}"
+    if graph not in {stage["name"] for stage in result["stages"]} or engine is None or engine["precision"] != "int8":
+        return gate
+    return _with_reason(gate, f"deploykit bisect {result['out']}/export-onnx {result['out']}/{graph} names the layer")
+
+
+def _with_reason(gate: Mapping[str, Any], more: str) -> Mapping[str, Any]:
+    return {**gate, "reason": f"{gate['reason']}; {more}"}
 
 
 def _cut(lines: Sequence[str], unlisted: int) -> Iterator[str]:

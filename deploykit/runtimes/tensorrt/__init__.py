@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from deploykit.artifact import Artifact, Format, Tensors
+from deploykit.artifact import Artifact, Format, Tensors, TensorSpec
 from deploykit.errors import UsageError, printable
 from deploykit.jsonable import JSON, to_json
 from deploykit.machine import Machine
@@ -93,6 +93,16 @@ def load(engine: Artifact) -> TensorRtSession:
     """Open an engine. One that cannot run here is refused with the reasons (UsageError) before TensorRT sees it."""
     cuda = cudart.load()
     return _session(engine, cuda)
+
+
+def open_graph(path: Path, inputs: Sequence[TensorSpec], options: Options) -> TensorRtSession:
+    """Build the ONNX file at `path` for inputs of fixed shapes, and open it, for what it computes: float32 without TF32, no
+    timing cache, no CUDA graph, and no engine is kept. All outputs of the file are outputs of the engine."""
+    cuda, log = cudart.load(), Log()
+    workspace = options.workspace_bytes or cuda.free_bytes() // _WORKSPACE_SHARE
+    plan = builder.build(path, inputs, options, log, workspace_bytes=workspace, cache_file=None, tf32=False)
+    host_code, core = options.version_compatible, options.dla_core
+    return _opened(plan.content, cuda, log, graphs=False, host_code=host_code, dla_core=core)
 
 
 def realised(engine: Artifact, model: Artifact) -> Realised:

@@ -120,9 +120,11 @@ def build(
     workspace_bytes: int,
     cache_file: Path | None,
     threads: int = 0,
+    tf32: bool = True,
     progress: Progress = silent,
 ) -> Plan:
     """Build the ONNX file at `path`. Ctrl-C ends the build when TensorRT next asks, after a step that may take seconds.
+    Without `tf32`, which TensorRT allows itself by default, products of float32 have all of their bits.
 
     Raises StageError with TensorRT's last ERROR lines when it fails, UsageError with all of the parser's errors when it does not
     read the file, CapabilityError when the machine has no such DLA core.
@@ -133,6 +135,8 @@ def build(
         builder.max_threads = threads
     network = _parsed(builder, path, log, for_dla=options.dla_core is not None)
     config = _configured(builder, options, workspace_bytes, log)
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     profile = {spec.name: _shapes(spec, options.batch) for spec in inputs if _is_dynamic(spec)}
     if profile:
         _add_profile(builder, config, profile, log)
