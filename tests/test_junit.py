@@ -227,7 +227,7 @@ class TestARun:
         finished_result["gates"][3] |= {"rule": "onnxruntime int8: drop <= 0.5 points", "verdict": "fail", "reason": "2 points"}
         out = finished_result["out"]
 
-        told = f"2 points; deploykit bisect {out}/export-onnx {out}/quantize-onnxruntime names the layer"
+        told = f"2 points; deploykit bisect {out}/export-onnx {out}/quantize-onnxruntime says which layer is off"
         assert summary.of_run(finished_result).gates[3].reason == told
 
     def test_lists_nothing_for_a_gate_that_passed(self, finished_result):

@@ -264,7 +264,7 @@ def _blaming(gate: Mapping[str, Any], result: Result) -> Mapping[str, Any]:
     graph = None if engine is None else f"quantize-{engine['runtime']}"
     if graph not in {stage["name"] for stage in result["stages"]} or engine is None or engine["precision"] != "int8":
         return gate
-    return _with_reason(gate, f"deploykit bisect {result['out']}/export-onnx {result['out']}/{graph} names the layer")
+    return _with_reason(gate, f"deploykit bisect {result['out']}/export-onnx {result['out']}/{graph} says which layer is off")
 
 
 def _with_reason(gate: Mapping[str, Any], more: str) -> Mapping[str, Any]:
