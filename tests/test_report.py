@@ -479,12 +479,12 @@ def test_what_was_weighed_before_an_int8_graph_was_chosen_stands_in_a_table() ->
 
     cells = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.cells]
     first = cells.index("Way to quantize")
-    assert cells[first : first + 5] == ["Way to quantize", "Layers in INT8", "Size", "Latency", "Decision"]
-    rows = [cells[first + 5 + 5 * row : first + 10 + 5 * row] for row in range(3)]
-    assert [(row[0], row[1], row[3], row[4]) for row in rows] == [
-        ("int8", "5", "41.0 µs", "not chosen"),
-        ("int8 where it is faster", "3", "32.0 µs", "chosen"),
-        ("float", "0", "not raced: no doubt", "not chosen"),
+    assert cells[first : first + 6] == ["Way to quantize", "Layers in INT8", "Size", "Latency", "SQNR", "Decision"]
+    rows = [cells[first + 6 + 6 * row : first + 12 + 6 * row] for row in range(3)]
+    assert [(row[0], row[1], *row[3:]) for row in rows] == [
+        ("int8", "5", "41.0 µs", "22.2 dB", "not chosen"),
+        ("int8 where it is faster", "3", "32.0 µs", "26.5 dB", "chosen"),
+        ("float", "0", "not raced: no doubt", "200.0 dB", "not chosen"),
     ]
 
 

@@ -168,8 +168,9 @@ class TestAWholeRun:
         candidates = {engine["label"]: engine["candidates"] for engine in found["engines"]}
         assert candidates["tensorrt int8"] == candidates["onnxruntime fp32"] == []
         assert [(way["name"], way["chosen"]) for way in candidates["onnxruntime int8"]] == [("int8", False), ("float", True)]
-        stages = {stage["name"]: stage["summary"] for stage in found["stages"]}
-        assert "0 layers between Q/DQ, 3 in float because that is faster here" in stages["quantize-onnxruntime"]
+        (told,) = [stage["summary"] for stage in found["stages"] if stage["name"] == "quantize-onnxruntime"]
+        assert told.startswith("0 layers between Q/DQ")
+        assert "3 in float because that is faster here" in told
         (gate,) = [gate for gate in found["gates"] if gate["rule"].startswith("onnxruntime int8: every layer")]
         assert gate["verdict"] == "pass"
         assert gate["reason"] == f"0 of 3 layers run in int8; kept in float, {SLOW}: conv1/Conv, conv2/Conv, head/Gemm"

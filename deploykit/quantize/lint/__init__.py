@@ -29,8 +29,8 @@ def lint(model: Path | onnx.ModelProto, runtime: str) -> tuple[Finding, ...]:
         raise UsageError(f"{runtime} has no rules for Q/DQ", fix=f"one of {', '.join(RULES)}")
     seen = view.look(view.load(model))
     rules = RULES[runtime] if _has_rules(seen, runtime) else (common.not_quantized,)
-    if not common.is_quantized(seen):  # where nothing is meant to be, no layer was forgotten
-        rules = tuple(rule for rule in rules if rule is not common.layer_not_quantized)
+    if len(rules) > 1 and not common.is_quantized(seen):  # where nothing is meant to be quantized, nothing was forgotten
+        rules = tuple(rule for rule in rules if rule not in (common.not_quantized, common.layer_not_quantized))
     found = [_finding(rule, None, rule.find(seen, node)) for node in seen.nodes[:1] for rule in rules if rule.of_graph]
     found += [_finding(rule, node, rule.find(seen, node)) for node in seen.nodes for rule in rules if not rule.of_graph]
     return tuple(finding for finding in found if finding.what)

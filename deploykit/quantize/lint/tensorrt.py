@@ -309,6 +309,7 @@ def integer_weights(view: View, node: ir.Node) -> str:
 
 
 RULES = (
+    common.not_quantized,
     newer_opset,
     qoperator_format,
     uint8_zero_point,
