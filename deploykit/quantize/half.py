@@ -25,7 +25,7 @@ from deploykit.quantize.expose import expose
 from deploykit.runtimes import onnxruntime, padded, pieces, run
 
 # What goes wrong in half precision although the numbers at both ends fit: exponentials, long sums, decoding of boxes and the
-# choice among them. It is the list of NVIDIA's Model Optimizer (AutoCast), by operator; a mean is no larger than what it is of.
+# choice among them: our reading of the kinds that NVIDIA names, by operator. A mean is no larger than what it is of.
 STAY_FLOAT32 = frozenset(
     (
         *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "NonMaxSuppression"),
