@@ -43,7 +43,7 @@ class Opening(Protocol):
     one_size: bool
 
     def __call__(self, content: bytes) -> Session:
-        """Open an ONNX file. Raises DeploykitError when it cannot run; some tell so only when they are fed."""
+        """Open an ONNX file. Raises StageError or UsageError when it cannot run; some tell so only when they are fed."""
 
 
 class OnOnnxRuntime:
@@ -52,8 +52,11 @@ class OnOnnxRuntime:
     one_size = False
 
     def __call__(self, content: bytes) -> Session:
-        """Open it; all activations are outputs, so memory is given back after each run."""
-        return onnxruntime.reference(content, arena=False)
+        """Open it; all activations are outputs, so memory is given back after each run. Raises StageError when it is refused."""
+        try:
+            return onnxruntime.reference(content, arena=False)
+        except DeploykitError as error:
+            raise StageError(error.what, why=error.why) from error
 
 
 class OnTensorRt:
