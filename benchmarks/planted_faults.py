@@ -186,25 +186,26 @@ def weights_in_fp32(at: Material, magnitude: float) -> tuple[str, bool, bool, st
     return where, *bisected(at.run / EXPORT, at.stranger(model), at.images, where)
 
 
+def in_int8(at: Material, plant: Callable[..., str], magnitude: float) -> tuple[str, bool, bool, str]:
+    """A fault in one quantized layer, by either runtime's rules, and what bisect says of it."""
+    model = at.model(INT8[at.random.integers(2)])
+    where = plant(model, at.quantized_layer(model), magnitude, at.random)
+    return where, *bisected(at.run / EXPORT, at.stranger(model), at.images, where)
+
+
 def weights_in_int8(at: Material, magnitude: float) -> tuple[str, bool, bool, str]:
     """Noise on one channel of integers."""
-    model = at.model(INT8[at.random.integers(2)])
-    where = _faults.noisy_channel(model, at.quantized_layer(model), magnitude, at.random)
-    return where, *bisected(at.run / EXPORT, at.stranger(model), at.images, where)
+    return in_int8(at, _faults.noisy_channel, magnitude)
 
 
 def scale_of_weights(at: Material, magnitude: float) -> tuple[str, bool, bool, str]:
     """One channel's scale."""
-    model = at.model(INT8[at.random.integers(2)])
-    where = _faults.wrong_weight_scale(model, at.quantized_layer(model), magnitude, at.random)
-    return where, *bisected(at.run / EXPORT, at.stranger(model), at.images, where)
+    return in_int8(at, _faults.wrong_weight_scale, magnitude)
 
 
 def scale_of_activations(at: Material, magnitude: float) -> tuple[str, bool, bool, str]:
     """The scale of a layer's input, where it is dequantized."""
-    model = at.model(INT8[at.random.integers(2)])
-    where = _faults.wrong_activation_scale(model, at.quantized_layer(model), magnitude, at.random)
-    return where, *bisected(at.run / EXPORT, at.stranger(model), at.images, where)
+    return in_int8(at, _faults.wrong_activation_scale, magnitude)
 
 
 def preprocessing(at: Material, magnitude: float) -> tuple[str, bool, bool, str]:

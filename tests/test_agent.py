@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_bundle import RECIPE, allowed, ssh_key, tiny_run
+from test_bundle import RECIPE, allowed, expect_wrong_answers, ssh_key, tiny_run
 
 from deploykit import agent, artifact, infer, slots
 from deploykit.artifact import Samples
@@ -132,11 +132,7 @@ class TestDeploying:
 
     def test_a_release_that_fails_parity_never_becomes_current(self, deploy, device, bundles, tmp_path):
         run = tiny_run(tmp_path / "run", op="Add", recipe=NO_GATE)
-        made = artifact.read_artifact(run / "export-onnx")
-        golden = made.samples()
-        wrong = {"logits": golden.expected["logits"] + 1}
-        Samples(golden.inputs, wrong, wrong).save(made.folder / "samples.npz")
-        artifact.write_manifest(made.folder, made)
+        expect_wrong_answers(run)
         bad = pack.pack(run, tmp_path / "bad.bundle", release=9).path
         _, good = deploy(bundles["adds"])
 

@@ -56,6 +56,15 @@ def tiny_model(folder: Path, *, key: str = "key", seed: int = 0, op: str = "Add"
     return artifact.make(folder, key, fill)
 
 
+def expect_wrong_answers(run: Path) -> None:
+    """Golden samples that the graph of `run` does not answer, in a manifest that has their digests."""
+    made = artifact.read_artifact(run / "export-onnx")
+    golden = made.samples()
+    wrong = {"logits": golden.expected["logits"] + 1}
+    Samples(golden.inputs, wrong, wrong).save(made.folder / "samples.npz")
+    artifact.write_manifest(made.folder, made)
+
+
 def tiny_run(
     folder: Path, *, key: str = "key", seed: int = 0, op: str = "Add", recipe: str = RECIPE, verdict: str = "pass"
 ) -> Path:

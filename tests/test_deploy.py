@@ -18,10 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sshd import Sshd, sshd
 from test_agent import NO_GATE, packed
-from test_bundle import allowed, ssh_key, tiny_run
+from test_bundle import allowed, expect_wrong_answers, ssh_key, tiny_run
 
-from deploykit import agent, artifact, bundle, deploy, lease, slots, watchdog
-from deploykit.artifact import Samples
+from deploykit import agent, bundle, deploy, lease, slots, watchdog
 from deploykit.bundle import incoming, pack
 from deploykit.deploy import How
 from deploykit.device import Device, trusted
@@ -246,11 +245,7 @@ class TestACutLine:
 class TestGates:
     def test_a_release_that_fails_there_is_not_switched_to(self, how, root, tmp_path):
         run = tiny_run(tmp_path / "run", op="Add", recipe=NO_GATE)
-        made = artifact.read_artifact(run / "export-onnx")
-        golden = made.samples()
-        wrong = {"logits": golden.expected["logits"] + 1}
-        Samples(golden.inputs, wrong, wrong).save(made.folder / "samples.npz")
-        artifact.write_manifest(made.folder, made)
+        expect_wrong_answers(run)
         bad = pack.pack(run, tmp_path / "bad.bundle", release=9).path
 
         done = to_local(bad, how)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Talk:
         return Done(0, b"", self._complaints.read(_PIECE)).words
 
 
-class Processes:
+class Processes(ABC):
     """What every connection shares whose commands are local processes; a subclass says which (`_command`)."""
 
     def __init__(self, name: str) -> None:
@@ -161,14 +162,14 @@ class Processes:
         finally:
             aside.unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing to end, unless a subclass holds a line
         """See `Connection.close`."""
 
+    @abstractmethod
     def _command(self, words: Sequence[str]) -> list[str]:
         """The local process that runs `words` on the device."""
-        raise NotImplementedError
 
-    def _failure(self, code: int, stderr: bytes) -> DeploykitError | None:
+    def _failure(self, code: int, stderr: bytes) -> DeploykitError | None:  # noqa: B027 - nothing by default
         """What the local process says about the connection, where it is not what the command on the device says."""
 
     def _popen(self, words: Sequence[str], stderr: int | IO[bytes]) -> subprocess.Popen[bytes]:
