@@ -141,12 +141,18 @@ def run(job: str, upstream: Path, clone: Path, venv: Path) -> list[dict[str, Any
                 "seconds": perf_counter() - start,
                 "annotations": len(notes),
                 "summary": summary.read_text() if summary.exists() else "",
-                "said": (done.stdout + done.stderr)[-4000:],
+                "said": _kept(done.stdout + done.stderr, clone.parent),
             }
         )
         if done.returncode:
             break
     return steps
+
+
+def _kept(said: str, place: Path) -> str:
+    """The end of what a step said, without pip's list of what is there and without the folder that only this run had."""
+    lines = [line for line in said.replace(str(place), "").splitlines() if not line.startswith("Requirement already")]
+    return "\n".join(lines)[-4000:]
 
 
 if __name__ == "__main__":

@@ -130,12 +130,14 @@ def main() -> None:
         subsets = tuple(_subset(arguments.images, Path(scratch, f"images{i}"), random) for i in range(SUBSETS))
         material = Material(arguments.run.absolute(), subsets, Path(scratch), random)
         kinds = {**OPERATORS, **({"throttled run": lambda _, m: throttled(pool, m, random)} if pool else {})}
-        for kind, plant in kinds.items():
-            if not arguments.only or kind in arguments.only:
-                trials += _told(_swept(kind, plant, material, arguments.steps, arguments.trials))
-        for kind, faults in SINGLE.items():
-            if not arguments.only or kind in arguments.only:
-                trials += _told(_each(kind, faults, material, arguments.trials))
+        chosen = [kind for kind in (*kinds, *SINGLE) if not arguments.only or kind in arguments.only]
+        for kind in chosen:
+            if kind in kinds:
+                trials += _told(_swept(kind, kinds[kind], material, arguments.steps, arguments.trials))
+            else:
+                trials += _told(_each(kind, SINGLE[kind], material, arguments.trials))
+            # A run of hours that is ended keeps what it found.
+            write("planted_faults", {"trials": [asdict(trial) for trial in trials]}, arguments.output)
         clean = [] if arguments.only else _told(_clean(material, pool, arguments.clean))
     limits = {kind: _limit([trial for trial in trials if trial.kind == kind]) for kind in kinds}
     alarms = [trial for trial in clean if trial.caught]
