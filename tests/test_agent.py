@@ -207,7 +207,7 @@ class TestDeploying:
 
     def test_a_full_disk_is_noticed_before_anything_is_written(self, device, bundles, root, monkeypatch):
         usage = shutil.disk_usage("/")
-        monkeypatch.setattr(agent.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
 
         code, said = device("install", bundles["adds"])
 
@@ -406,7 +406,7 @@ class TestTheRuntime:
         def refuse(*_: object) -> None:
             raise PermissionError(13, "Permission denied", "/opt/file")
 
-        monkeypatch.setattr(agent.slots, "status", refuse)
+        monkeypatch.setattr(slots, "status", refuse)
 
         code, said = device("status")
 
@@ -494,6 +494,25 @@ class TestTheZipappOnItsOwn:
 
         assert measured["latency"]["median_ns"] > 0
         assert run("probe")["runtimes"]["onnxruntime"] == "loads"
+
+    def test_probe_imports_runtimes_and_nothing_that_knows_of_releases(self, tmp_path):
+        (tmp_path / "device.pyz").write_bytes(device_half.zipapp())
+        script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from deploykit import agent
+code = agent.run(["probe"])
+print(code, *sorted(name for name in sys.modules if name.partition(".")[0] == "deploykit"), file=sys.stderr)
+"""
+        command = [sys.executable, "-c", script, str(tmp_path / "device.pyz")]
+
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        code, *names = done.stderr.replace("deploykit.", "").split()
+
+        assert (code, json.loads(done.stdout)["runtimes"]["onnxruntime"]) == ("0", "loads")
+        floor = {"deploykit", *("errors", "jsonable", "machine", "publish", "artifact", "progress")}
+        assert {name for name in names if name.partition(".")[0] not in ("agent", "runtimes")} <= floor
+        assert "agent.commands" not in names
 
 
 @pytest.mark.parametrize("span", ["nan", "-1", "inf", "soon"])

@@ -59,6 +59,8 @@ DEVICE = (
         "infer",
         "engines",
         "agent",
+        "agent.answer",
+        "agent.commands",
     ),
 )
 # The same, but it loads only where there is TensorRT.

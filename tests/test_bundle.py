@@ -294,7 +294,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 sys.path[:] = [sys.argv[1], *[place for place in sys.path if place]]
-import deploykit_device, deploykit.agent, deploykit.benchmark.process, deploykit.runtimes.onnxruntime
+import deploykit_device, deploykit.agent.commands, deploykit.benchmark.process, deploykit.runtimes.onnxruntime
 names = [name for name in zipfile.ZipFile(sys.argv[1]).namelist() if name.startswith("deploykit/")]
 assert all(m.__file__.startswith(sys.argv[1]) for n, m in sys.modules.items() if n.partition(".")[0] == "deploykit")
 print(deploykit_device.load.__name__)
@@ -309,7 +309,8 @@ print(deploykit_device.load.__name__)
         with zipfile.ZipFile(io.BytesIO(device_half.zipapp())) as packed:
             names = {name.removesuffix(".py").removeprefix("deploykit/") for name in packed.namelist()}
 
-        assert {"agent", "infer", "slots", "parity", "benchmark/process", "runtimes/onnxruntime", "data/pictures"} <= names
+        assert {"agent/commands", "infer", "slots", "parity", "benchmark/process", "data/pictures"} <= names
+        assert "runtimes/onnxruntime" in names
         assert {"runtimes/cudart", "runtimes/tensorrt/builder", "runtimes/tensorrt/session"} <= names
         assert {f"runtimes/{name}" for name in REGISTRY if REGISTRY[name].rules is not None} <= {
             name.removesuffix("/__init__") for name in names

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -378,7 +379,7 @@ class TestWhatComes:
     def test_too_little_space_is_told_before_anything_is_sent(self, coming, monkeypatch, capsys):
         root, manifest, _ = coming
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(agent.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
 
         code = agent.run(["missing", manifest.id, "--root", str(root)])
 

@@ -14,7 +14,7 @@ import pytest
 import tomllib
 
 from deploykit import workspace
-from deploykit.agent import _parser
+from deploykit.agent.commands import parser
 from deploykit.bundle import DEVICE_HALF
 from deploykit.cli import cli
 
@@ -117,7 +117,7 @@ class TestThoseOnNvidiasImages:
         else:
             assert words[0] == "python3"
             assert words[1] in {copied.split()[-1] for copied in only(path, "COPY")}
-            assert _parser().parse_args(words[2:]).does.__name__ == words[2]
+            assert parser().parse_args(words[2:]).does.__name__ == words[2]
 
 
 class TestTheOneForAGpu:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Where the imports of a device begin: its two doors, and what is imported by name or inside a function.
 _ROOTS = (
-    *("agent", "infer", "benchmark.process", "data.pictures"),
+    *("agent", "agent.commands", "infer", "benchmark.process", "data.pictures"),
     *("runtimes.onnxruntime", "runtimes.openvino", "runtimes.tensorrt"),
 )
 MOST_BYTES = 200_000

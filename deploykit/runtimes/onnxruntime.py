@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +22,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
 
-from deploykit import scenes
 from deploykit.artifact import Artifact, Format, Precision, Samples, Tensors
 from deploykit.errors import DeploykitError, StageError, UsageError, printable
 from deploykit.jsonable import JSON
@@ -211,6 +209,8 @@ def literally(model: Artifact, path: Path, samples: Samples) -> Samples:
 
     `model` says what the graph's input and output are.
     """
+    from deploykit import scenes  # a device that only loads this module has no use for it, and pays for it at each start
+
     session = reference(path)
     if scenes.kind_of(model.outputs) == "boxes":
         expected = scenes.stacked([run(session, {model.inputs[0].name: piece}) for piece in pieces(model, samples)])
@@ -255,7 +255,7 @@ def profile(engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int)
             key = (str(event["name"]).removesuffix(_KERNEL), str(event["args"]["op_name"]), int(sum(sizes)))
             times[key].append(1000 * int(event["dur"]))
     return [
-        KernelTime(name, op, _source(name, op, sources, names), statistics.median(found[len(found) // 2 :]), elements)
+        KernelTime(name, op, _source(name, op, sources, names), float(np.median(found[len(found) // 2 :])), elements)
         for (name, op, elements), found in times.items()
     ]
 

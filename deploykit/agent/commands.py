@@ -1,13 +1,4 @@
-"""The device half: what a device does with bundles, one command each, its answer as JSON on standard output.
-
-    python3 device.pyz install my-net.bundle --root /opt/deploykit/my-net
-
-In order: install, build, parity, benchmark where there is a latency to be kept, activate; each one refuses until the one
-before has succeeded, and each one that has been done already does nothing. Nothing of a bundle is executed before its
-signature (where signers are known), its manifest and the digest of every file have been checked.
-
-Exit codes are those of the command line of the host: 0 done, 1 failed, 2 usage, 3 a gate failed, 4 this machine lacks what
-was required, 5 a gate cannot be decided.
+"""The commands of the device half that know of releases: one function each, and the options that they take.
 
 This module runs on devices: standard library, numpy and one runtime, Python 3.10.
 """
@@ -15,77 +6,30 @@ This module runs on devices: standard library, numpy and one runtime, Python 3.1
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import runpy
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import numpy as np
 
 from deploykit import artifact, benchmark, bundle, engines, infer, lease, runtimes, slots, watchdog
 from deploykit import build as builder
+from deploykit.agent.answer import Answer, probe
 from deploykit.artifact import read_artifact
 from deploykit.benchmark import judge
 from deploykit.bundle import Manifest, archive, incoming
 from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict, parse_rule, worst
-from deploykit.jsonable import finite, to_json
-from deploykit.machine import Machine, installed_version
+from deploykit.jsonable import to_json
 from deploykit.slots import Moment
 
 SIGNERS = "allowed_signers"
 _RESERVE_BYTES = 16 << 20
 _BUILD_COPIES = 4  # the engine, its golden samples, and what the optimizer writes on the way
 _TOP = 5
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command found, as plain JSON values, and its exit code."""
-
-    facts: Mapping[str, Any]
-    code: int = 0
-
-
-def main() -> NoReturn:
-    """Run the command in `sys.argv`, write its answer as JSON, and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(words: Sequence[str]) -> int:
-    """Run one command; its answer, or the error, goes to standard output as one JSON document."""
-    if list(words[:1]) == [benchmark.CHILD]:
-        runpy.run_module("deploykit.benchmark.process", run_name="__main__")
-        return 0
-    asked = _parser().parse_args(words)
-    try:
-        answer: Answer = asked.does(asked)
-    except DeploykitError as error:
-        fix = error.fix.replace("--output", "--root")  # advice about files names the host's option
-        facts = {"what": error.what, "problems": list(error.problems), "why": error.why, "fix": fix}
-        answer = Answer({"error": facts}, error.exit_code)
-    except OSError as error:
-        named = "" if error.filename is None else f": {printable(str(error.filename))}"
-        answer = Answer({"error": {"what": f"the operating system refuses{named}", "why": str(error.strerror or error)}}, 1)
-    sys.stdout.write(json.dumps({**to_json_object(answer.facts), "exit_code": answer.code}, indent=1) + "\n")
-    return answer.code
-
-
-def to_json_object(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as plain JSON values; a number that JSON has not (infinity, NaN) becomes text."""
-    return cast(dict[str, Any], finite(to_json(facts)))
-
-
-def probe(_asked: argparse.Namespace) -> Answer:
-    """What this device is: machine, versions, and which runtimes load."""
-    names = ("onnxruntime", "openvino", "tensorrt")
-    found = {name: runtimes.why_not(name) or "loads" for name in names if installed_version(runtimes.REGISTRY[name].package)}
-    return Answer({"machine": Machine.probe(), "runtimes": found})
 
 
 def check(asked: argparse.Namespace) -> Answer:
@@ -435,18 +379,19 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="device.pyz", description="The device half of deploykit; answers are JSON.")
-    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """All commands; `does` of what it has parsed is the function that gives the answer."""
+    found = argparse.ArgumentParser(prog="device.pyz", description="The device half of deploykit; answers are JSON.")
+    verbs = found.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(name: str, does: Any, *, id: bool = False, root: bool = True) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=does.__doc__.partition("\n")[0])
-        found.set_defaults(does=does)
+        command = verbs.add_parser(name, help=does.__doc__.partition("\n")[0])
+        command.set_defaults(does=does)
         if id:
-            found.add_argument("id", help="identity of the release")
+            command.add_argument("id", help="identity of the release")
         if root:
-            found.add_argument("--root", type=Path, required=True, help="folder of one network's releases")
-        return found
+            command.add_argument("--root", type=Path, required=True, help="folder of one network's releases")
+        return command
 
     verb("probe", probe, root=False)
     for name, does in (("verify", check), ("install", install)):
@@ -483,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
         verb(name, does)
     verb("collect-garbage", collect_garbage)
     verb("infer", infer_file).add_argument("file", type=Path, help="a .npy array, or a picture where Pillow is installed")
-    return parser
+    return found
 
 
 def _natural(text: str) -> int:
@@ -491,7 +436,3 @@ def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
-
-
-if __name__ == "__main__":
-    main()
