@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from _results import write
 
 from deploykit import artifact, bundle, deploy, fleet, slots
 from deploykit.bundle import pack
 from deploykit.deploy import Deployed, How
+from deploykit.device import Device
 from deploykit.errors import DeploykitError, LineError
 from deploykit.remote import Done, connect
 from deploykit.remote.process import Local
@@ -34,6 +36,7 @@ from deploykit.remote.process import Local
 TESTS = Path(__file__).parents[1] / "tests"
 LOSS_PER_MILLE, RATE = 30, "1mbit"
 BIG_BYTES = 2_000_000
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,9 @@ def places(count: int, folder: Path) -> Iterator[list[Place]]:
         found: list[Place] = []
         for number in range(count):
             name, link, here, there = f"dkd{number}", f"dkl{number}", f"10.91.{number}.1", f"10.91.{number}.2"
+            stack.callback(leave, name, link)  # before there is anything to take away: a signal may come at any time
             ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
             ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-            stack.callback(subprocess.run, ["ip", "link", "del", link], capture_output=True)
             ip("addr", "add", f"{here}/24", "dev", link)
             ip("link", "set", link, "up")
             ip("-n", name, "addr", "add", f"{there}/24", "dev", "eth0")
@@ -84,7 +86,26 @@ def places(count: int, folder: Path) -> Iterator[list[Place]]:
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"ip {' '.join(words)}: {done.stderr.strip()}; what a killed run has left goes by: ip netns del, ip link del")
+
+
+def leave(name: str, link: str) -> None:
+    """End what runs in a namespace, such as a device half that a session of sshd has started, and take both away."""
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in map(int, listed.stdout.split()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for words in (["netns", "del", name], ["link", "del", link]):
+        subprocess.run(["ip", *words], capture_output=True)
+
+
+def stop(number: int, _frame: object) -> NoReturn:
+    """A signal that ends this unwinds like an exception, so that namespaces, links and rules are taken away; once is enough."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def bundles(folder: Path) -> dict[str, Path]:
@@ -121,7 +142,7 @@ def as_fleet(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> d
     bad = fleet.roll_out(packed["bad"], planned, folder / "bad-rollout", owner="show")
     ids = [slots.current(place.root) for place in found]
     assert ids == [two.id] * len(found), (one.facts, two.facts, bad.facts)
-    back = fleet.ask_each(planned, lambda device: device.ask("rollback"))
+    back = fleet.ask_each(planned, roll_back)
     assert [slots.current(place.root) for place in found] == [one.id] * len(found), "a device did not go back"
     return {
         "roll-out": {"counts": one.counts, "code": one.code, "commands": [row.facts["commands"] for row in one.rows.values()]},
@@ -130,6 +151,11 @@ def as_fleet(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> d
         "bad bundle": {"counts": bad.counts, "code": bad.code, "why": bad.why_stopped},
         "rollback": [said["exit_code"] for said in back.values()],
     }
+
+
+def roll_back(device: Device) -> dict[str, Any]:
+    with device.lease("show"):
+        return device.ask("rollback")
 
 
 def at_once(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> dict[str, Any]:
@@ -144,7 +170,9 @@ def at_once(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> di
         except DeploykitError as error:
             ended[owner] = str(error)
 
-    threads = [threading.Thread(target=one, args=words) for words in (("alice", packed["two"]), ("bob", packed["big"]))]
+    threads = [
+        threading.Thread(target=one, args=words, daemon=True) for words in (("alice", packed["two"]), ("bob", packed["big"]))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -162,12 +190,12 @@ def slow_and_lossy(found: Sequence[Place], packed: dict[str, Path], folder: Path
         ["tc", "qdisc", "add", "dev", slow.link, "root", "tbf", "rate", RATE, "burst", "32kbit", "latency", "400ms"], check=True
     )
     rules = f"""table inet dkloss {{ chain in {{ type filter hook input priority 0;
-      iifname "LINK" numgen random mod 1000 < {LOSS_PER_MILLE} counter drop }} }}"""
+      iifname "LINK" numgen random mod 1000 < {LOSS_PER_MILLE} counter drop; }}; }};"""
     nft = ["nft", "-f", "-"]
     inside = ["ip", "netns", "exec", lossy.namespace]
-    subprocess.run([*inside, *nft], input=rules.replace("LINK", "eth0").encode(), check=True)
-    subprocess.run(nft, input=rules.replace("LINK", lossy.link).encode(), check=True)
     try:
+        subprocess.run([*inside, *nft], input=rules.replace("LINK", "eth0").encode(), check=True)
+        subprocess.run(nft, input=rules.replace("LINK", lossy.link).encode(), check=True)
         done = {"1 Mbit/s": told(to(slow, packed["big"])), "3 % loss": told(to(lossy, packed["big"]))}
         listed = [
             subprocess.run([*words, "nft", "list", "ruleset"], capture_output=True, text=True).stdout for words in ([], inside)
@@ -175,7 +203,7 @@ def slow_and_lossy(found: Sequence[Place], packed: dict[str, Path], folder: Path
         dropped = [int(text.partition("packets ")[2].split()[0]) for text in listed]
     finally:
         subprocess.run(["tc", "qdisc", "del", "dev", slow.link, "root"])
-        subprocess.run(["nft", "delete", "table", "inet", "dkloss"])
+        subprocess.run(["nft", "delete", "table", "inet", "dkloss"], capture_output=True)
     assert all(place_ok(place, packed["big"]) for place in (slow, lossy))
     netem = subprocess.run(["tc", "qdisc", "add", "dev", found[0].link, "root", "netem", "loss", "3%"], capture_output=True)
     subprocess.run(["tc", "qdisc", "del", "dev", found[0].link, "root"], capture_output=True)
@@ -194,7 +222,9 @@ def cable_pulled(found: Sequence[Place], packed: dict[str, Path], folder: Path) 
         if what == "transfer" and done > total * 0.6 and not pulled.is_set():
             pulled.set()
             ip("link", "set", place.link, "down")
-            threading.Timer(25, ip, ["link", "set", place.link, "up"]).start()
+            back = threading.Timer(25, ip, ["link", "set", place.link, "up"])
+            back.daemon = True
+            back.start()
 
     try:
         done = to(place, packed["big"], progress=progress)
@@ -267,7 +297,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     sys.path.insert(0, str(TESTS))
-    with tempfile.TemporaryDirectory() as scratch:
+    for each in ENDING:
+        signal.signal(each, stop)
+    # What a signal stopped may still be writing while its folder goes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         packed = bundles(Path(scratch, "bundles"))
         with places(asked.devices, Path(scratch)) as found:
             for name in asked.only:

@@ -94,6 +94,8 @@ class TestDeployingOverSsh:
         with there.lease("alice@desk") as held:
             with pytest.raises(DeploykitError, match="alice@desk has been deploying there for"):
                 to_device(bundles["multiplies"])
+            refused = deploykit("rollback", server.address, *words)
+            assert (refused.code, "alice@desk has been deploying there for" in refused.err) == (1, True)
             held.require()
         other = to_device(bundles["multiplies"])
         known = {blob.sha256 for blob in manifest_of(bundles["adds"]).files.values()}

@@ -107,12 +107,13 @@ def rollback_command(
     id: str | None,
     as_json: bool,
 ) -> int:
-    """Let a device, or a fleet, go back to the previous release."""
+    """Let a device, or a fleet, go back to the previous release. Refused where somebody is deploying."""
 
     def ask(device: Device) -> dict[str, Any]:
-        if id is not None and (current := device.ask("status").get("current")) != id:
-            return {"left": None, "current": current, "exit_code": 0}
-        return device.ask("rollback")
+        with device.lease(_owner()):
+            if id is not None and (current := device.ask("status").get("current")) != id:
+                return {"left": None, "current": current, "exit_code": 0}
+            return device.ask("rollback")
 
     return _ask_all(
         target, root, python, ssh_config, fleet_file, as_json, ask, lambda said: f"runs {_short(said.get('current'))}"
