@@ -61,6 +61,7 @@ def run(
     """
     _require_target(recipe)
     _require_engines(recipe)
+    _require_gpu(recipe, out)
     with publish.lock(out), workspace.claimed(out, recipe):
         work = Work(recipe, out, Sources(recipe, progress), progress, clock)
 
@@ -105,6 +106,7 @@ def train(
     """
     from deploykit.report import training
 
+    _require_gpu(recipe, out)
     with publish.lock(out), workspace.claimed(out, recipe):
         made = _finetune(Work(recipe, out, Sources(recipe, progress), progress, clock), processes)
         found = training.told(made, printable(out), printable(out / TRAINING))
@@ -171,7 +173,9 @@ def _finetune(work: Work, processes: Processes | None = None) -> Artifact:
 
     def make(folder: Path) -> Artifact:
         from deploykit.finetune import finetune
+        from deploykit.finetune.lesson import device_of
 
+        device_of(settings, *([] if processes is None else [processes]))
         sources = work.sources
         sources.check()
         images = (sources.train, sources.held_out)
@@ -564,3 +568,12 @@ def _require_engines(recipe: Recipe) -> None:
         if why:
             fix = 'build.engine = "auto" (--engine auto) makes everything short of the engine'
             raise CapabilityError(f"a {name} engine is required and cannot be built here", why=why, fix=fix)
+
+
+def _require_gpu(recipe: Recipe, out: Path) -> None:
+    """Say it before a picture is read: the GPU that training asks for is not here. One that is done already needs none."""
+    if recipe.finetune is None or recipe.finetune.device != "cuda" or (out / "finetune").is_dir():
+        return
+    from deploykit.finetune.lesson import device_of
+
+    device_of(recipe.finetune)

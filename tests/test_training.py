@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from deploykit import finetune as finetuning
 from deploykit.cli import cli
 from deploykit.errors import CapabilityError, DataError, StageError, UsageError
 from deploykit.report import training
@@ -195,11 +196,27 @@ class TestBadData:
         assert not (tmp_path / "run" / "finetune").exists()
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-    def test_a_gpu_that_is_not_there_is_exit_4(self, bars, tmp_path):
-        answer = finetune(bars, tmp_path / "run", "--set", "finetune.device='cuda'")
+    def test_a_gpu_that_is_not_there_is_exit_4_before_a_picture_is_read(self, tmp_path):
+        answer = finetune(tmp_path / "no pictures", tmp_path / "run", "--set", "finetune.device='cuda'")
 
         assert isinstance(answer.exception, CapabilityError)
         assert answer.exception.exit_code == 4
+        assert "finetune.device" in answer.exception.fix
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_training_that_is_done_wants_its_gpu_no_more(self, bars, tmp_path, monkeypatch):
+        words = ["--set", "finetune.device='cuda'", "--epochs", "1"]
+        with monkeypatch.context() as there:
+            there.setattr(finetuning, "device_of", lambda *_: torch.device("cpu"))
+            there.setattr(finetuning.lesson, "device_of", lambda *_: torch.device("cpu"))
+            assert finetune(bars, tmp_path / "run", *words).exception is None
+
+        answer = finetune(bars, tmp_path / "run", *words)
+
+        assert answer.exception is None, answer.output
+        (tmp_path / "run" / "finetune").rename(tmp_path / "elsewhere")
+        assert isinstance(finetune(bars, tmp_path / "run", *words).exception, CapabilityError)
 
     def test_settings_that_do_not_go_together_are_told_at_once(self, bars, tmp_path):
         answer = finetune(
