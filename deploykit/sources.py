@@ -250,13 +250,8 @@ class Sources:
                 problems=lonely,
                 why="one image of each class is held out to select the best epoch on, and at least one must remain to train on",
             )
-        generator = np.random.default_rng(table.seed)
-        held_out: list[int] = []
-        for label in np.unique(found.labels):
-            members = generator.permutation(np.flatnonzero(found.labels == label))
-            held_out.extend(members[: max(1, len(members) // 10)].tolist())
-        rest = sorted(set(range(len(found))) - set(held_out))
-        return found.take(rest), found.take(sorted(held_out))
+        rest, held_out = data.to_train_and_to_hold_out(found.labels, table.seed)
+        return found.take(rest), found.take(held_out)
 
     def _held_out_beside(self, train: Images) -> Images:
         """The pictures of data.held_out, labelled by the classes of `train`."""

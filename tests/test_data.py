@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from deploykit.artifact import Preprocess
-from deploykit.data import Images, calibration_subset, digits, folder, open_image, preprocess
+from deploykit.data import Images, calibration_subset, digits, folder, open_image, preprocess, to_train_and_to_hold_out
 from deploykit.data.pictures import EXTENSIONS, PIXEL_LIMIT
 from deploykit.errors import CapabilityError, DataError
 
@@ -924,6 +924,21 @@ class TestDigits:
             digits(0)
 
         assert caught.value.fix == "pip install 'deploykit[demo]'"
+
+
+class TestHoldingOut:
+    labels = np.repeat([3, 0, 7], [25, 9, 1]).astype(np.int64)
+
+    def test_a_tenth_of_each_class_and_at_least_one_is_held_out_and_nothing_is_lost(self):
+        rest, held_out = to_train_and_to_hold_out(self.labels, 0)
+
+        assert sorted([*rest, *held_out]) == list(range(len(self.labels)))
+        assert [(self.labels[held_out] == label).sum() for label in (3, 0, 7)] == [2, 1, 1]
+        assert all(np.all(np.diff(part) > 0) for part in (rest, held_out))
+
+    def test_which_ones_is_the_same_everywhere_and_follows_the_seed(self):
+        assert to_train_and_to_hold_out(self.labels, 0)[1].tolist() == [16, 23, 32, 34]
+        assert to_train_and_to_hold_out(self.labels, 1)[1].tolist() != [16, 23, 32, 34]
 
 
 def test_reading_pictures_needs_neither_torch_nor_scikit_learn():

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deploykit.data.images import Images
+from deploykit.data.splits import Splits, stratified
 from deploykit.errors import CapabilityError
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Three disjoint parts of one set."""
-
-    train: Images
-    calibration: Images
-    test: Images
 
 
 def digits(seed: int) -> Splits:
@@ -45,18 +35,11 @@ def digits(seed: int) -> Splits:
         origin="digits",
         sources=tuple(pixels),
     )
-    train, calibration, test = _stratified(labels, seed)
+    train, calibration, test = stratified(labels, _sizes, seed)
     return Splits(everything.take(train), everything.take(calibration), everything.take(test))
 
 
-def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], ...]:
-    """Indices for training, calibration (a seventh) and test (three tenths, rounded up), each in ascending order."""
-    random = np.random.RandomState(seed)  # numpy promises never to change its stream (NEP 19)
-    parts: tuple[list[NDArray[np.int64]], ...] = ([], [], [])
-    for label in np.unique(labels):
-        shuffled = random.permutation(np.flatnonzero(labels == label))
-        test, calibration = ceil(0.3 * len(shuffled)), round(len(shuffled) / 7)
-        edges = [len(shuffled) - test - calibration, len(shuffled) - test]
-        for part, chosen in zip(parts, np.split(shuffled, edges), strict=True):
-            part.append(chosen)
-    return tuple(np.sort(np.concatenate(part)) for part in parts)
+def _sizes(count: int) -> list[int]:
+    """Of a class of so many: how many to train on and to calibrate on (a seventh); three tenths, rounded up, are the test."""
+    calibration, test = round(count / 7), ceil(0.3 * count)
+    return [count - calibration - test, calibration]

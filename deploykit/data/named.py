@@ -11,14 +11,11 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
-from numpy.typing import NDArray
 from torchvision import datasets
 
-from deploykit.data.builtin import Splits
 from deploykit.data.images import Images
+from deploykit.data.splits import Splits, to_train_and_to_hold_out
 from deploykit.errors import DataError, DeploykitError, printable
-
-_HELD_OUT = 10  # one of so many images of each class is held out
 
 
 def _emnist(root: str, train: bool, download: bool) -> Any:
@@ -57,7 +54,7 @@ def named(name: str, root: Path, seed: int, *, download: bool = False) -> Splits
     parts = [_images(name, root, train=train, download=download) for train in (True, False)]
     labels = parts[0].labels
     assert labels is not None
-    rest, held_out = _stratified(labels, seed)
+    rest, held_out = to_train_and_to_hold_out(labels, seed)
     return Splits(parts[0].take(rest), parts[0].take(held_out), parts[1])
 
 
@@ -86,13 +83,3 @@ def _images(name: str, root: Path, *, train: bool, download: bool) -> Images:
         classes = tuple(found.classes)
     labels = np.asarray([label for _, label in found.samples] if name == "imagenet" else found.targets, np.int64)
     return Images(names, labels, classes, (), f"{name} in {printable(root)}", sources)
-
-
-def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out, each in ascending order."""
-    random = np.random.RandomState(seed)  # numpy promises never to change its stream (NEP 19)
-    held_out: set[int] = set()
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        held_out.update(members[: max(1, len(members) // _HELD_OUT)].tolist())
-    return [index for index in range(len(labels)) if index not in held_out], sorted(held_out)
