@@ -561,8 +561,24 @@ class TestStress:
 
         row = next(row for row in found["stress"] if row["kind"].startswith("batch 1"))
         assert (row["verdict"], row["reason"]) == (None, "means nothing: its batch is fixed at 2")
+        assert not [one["rule"] for one in found["gates"] if "batch 1" in one["rule"]]
 
-    def test_fails_a_session_that_mis_reads_what_it_is_fed(self, theirs):
+    def test_names_the_layer_of_an_input_that_makes_nan_and_of_the_same_nan_each_time(self, theirs, tmp_path):
+        model = onnx.load(theirs)
+        (answer,) = (node for node in model.graph.node if node.name == "answer")
+        answer.input[0] = "roots"
+        model.graph.node.insert(3, helper.make_node("Sqrt", ["floats"], ["roots"], "root"))
+        onnx.save(model, tmp_path / "roots.onnx")
+
+        found = compare_two(theirs, str(tmp_path / "roots.onnx"), Said(), stressed=True)
+
+        blamed = "; B answers 1 inputs with NaN or infinity, the first is all ones 0; the first layer with one is root (Sqrt)"
+        assert next(row["reason"] for row in found["stress"] if row["kind"] == "all ones").endswith(blamed)
+        (again,) = (row for row in found["stress"] if row["kind"].startswith("5 runs") and row["side"] == "B")
+        assert again["verdict"] == "fail"
+        assert again["reason"].endswith("; the first layer with one is root (Sqrt)")
+
+    def test_fails_a_side_that_mis_reads_what_it_is_fed_and_ends_with_exit_code_3(self, theirs, monkeypatch):
         class Misreading:
             """Takes memory as it lies."""
 
@@ -574,16 +590,23 @@ class TestStress:
                 pass
 
             def fetch(self):
-                return {"y": self.fed.copy()}
+                return {"y": self.fed.reshape(-1, 3 * SIZE * SIZE)[:, :5].copy()}
 
             def close(self):
                 pass
 
-        side, _ = sides.open_sides((theirs, theirs), Said(), NO_BUNDLES)
-        pairs = pairing.pair(side, side, cast=False)
-        noise = [foreign.noise(pairs.specs[0], 4)]
+        opened = sides.open_sides((theirs, theirs), Said(), NO_BUNDLES)
+        misread = tuple(replace(side, open=lambda threads: Misreading()) for side in opened)
+        monkeypatch.setattr(crosscheck, "open_sides", lambda *_words, **_options: misread)
 
-        assert stress._mistyped(side, Misreading(), pairs, noise).verdict is Verdict.FAIL
+        found = compare_two(theirs, theirs, Said(), stressed=True)
+
+        failed = [(one["rule"], one["reason"]) for one in found["gates"] if one["verdict"] == "fail"]
+        kinds = ("non-contiguous", "mis-typed")
+        own = {f"{side}: deploykit's own check of a {kind} input" for side in "AB" for kind in kinds}
+        assert ("B: deploykit's own check of a mis-typed input", "mis-read, and answered") in failed
+        assert {rule for rule, _ in failed} <= own
+        assert found["exit_code"] == 3
 
     def test_fails_a_side_whose_answers_change_from_run_to_run(self, theirs):
         side, _ = sides.open_sides((theirs, theirs), Said(), NO_BUNDLES)

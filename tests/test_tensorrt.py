@@ -28,6 +28,7 @@ from trt_bindings import VERSIONS
 
 from deploykit import artifact, build, inspect, recipe, runtimes
 from deploykit.artifact import Artifact, Format, Precision, Preprocess, Samples, TensorSpec
+from deploykit.crosscheck import Said, pairing, sides, stress
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
 from deploykit.jsonable import to_json
 from deploykit.runtimes import cudart, onnxruntime, run
@@ -111,6 +112,17 @@ class TestEveryVersion:
         assert {layer.name for layer in found.layers if layer.precision == "int8"} == set(model.facts["int8_layers"])
         assert world.flags == set()
         assert engine.facts["place"]["tensorrt"] == engine.tools["tensorrt"] == version
+
+    def test_an_engine_has_no_threads_to_set_so_that_parity_says_so_and_judges_nothing(self, version, gpu, tiny, tmp_path):
+        runtime, _ = gpu(version)
+        engine = artifact.write_manifest(tmp_path / "engine", engine_of(runtime, tiny, tmp_path / "engine"))
+        side, _ = sides.open_sides((str(engine.folder),) * 2, Said(), tmp_path)
+        pairs = pairing.pair(side, side, cast=False)
+
+        row = stress._threads(side, side.open(0), pairs, [IMAGES])
+
+        assert (row.verdict, row.reason) == (None, "means nothing: engine of tensorrt has no threads to set")
+        assert stress.gates([row]) == []
 
     def test_every_option_is_taken(self, version, gpu, tiny, tmp_path):
         runtime, world = gpu(version, dla_cores=1)

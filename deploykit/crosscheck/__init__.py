@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -122,14 +122,14 @@ def compare_two(
         precision, notes = kin.precision(asked.sides)
         answered.seconds.update(start=opened - start, compared=perf_counter() - opened)
         rows = stress.run(asked.sides, (first, second), asked.pairs, asked.limit, asked.how, progress) if stressed else []
-    gates = [*origin, *judged.gates, *precision, *(stress.as_gate(row) for row in rows if not row.is_own_check)]
+    gates = [*origin, *judged.gates, *precision, *stress.gates(rows)]
     return {
         "sides": [_side(side) for side in asked.sides],
         "fed": {"origin": fed.origin, "images": len(fed.names), "labelled": labelled},
         "limit": {"rule": asked.limit.rule, "source": asked.limit.source},
         "outputs": judged.outputs,
         "decisions": judged.decisions,
-        "stress": [to_json(row) for row in rows],
+        "stress": [{**asdict(row), "verdict": row.verdict and row.verdict.value, "is_gate": row.is_gate} for row in rows],
         "gates": [to_json(gate) for gate in gates],
         "seconds": answered.seconds,
         "machine": to_json(Machine.probe()),

@@ -53,7 +53,8 @@ class Side:
     """One of the two. `inputs` are as it takes them, in its own `layout`.
 
     `model` is None for a PyTorch network; `preprocess` and `classes` are of what is ours, and None and empty elsewhere. `graph`
-    is what an engine was built from, where it was built here. `open` gives a session that uses so many threads.
+    is what an engine was built from, where it was built here. `open` gives a session that uses so many threads, where it
+    `has_threads` at all: an engine on a GPU has none.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Side:
     module: nn.Module | None = None
     graph: Artifact | None = None
     is_ours: bool = False
+    has_threads: bool = True
 
     @property
     def batch(self) -> int | None:
@@ -198,6 +200,7 @@ def _ours(found: Artifact, name: str, label: str, said: Said) -> Side:
         open=_opener(found, literal),
         model=found,
         is_ours=True,
+        has_threads=found.format is not Format.ENGINE or _threads_key(found) is not None,
     )
 
 
@@ -357,12 +360,18 @@ def _opener(found: Artifact, literal: bool) -> Callable[[int], Session]:
     if found.format is Format.TORCHSCRIPT:
         return lambda threads: TorchThreads(torchscript.load(found), threads)
     if found.format is Format.ENGINE:
-        name = str(found.facts["runtime"])
-        runtime, key = runtimes.get(name), runtimes.REGISTRY[name].threads
-        return lambda threads: runtime.load(replace(found, settings={**found.settings, key: threads}) if threads else found)
+        runtime, key = runtimes.get(str(found.facts["runtime"])), _threads_key(found)
+        return lambda threads: runtime.load(
+            replace(found, settings={**found.settings, key: threads}) if threads and key is not None else found
+        )
     if literal:
         return lambda threads: onnxruntime.reference(found.path, threads=threads)
     return lambda threads: onnxruntime.optimized(found.path, threads=threads or available_cores())
+
+
+def _threads_key(engine: Artifact) -> str | None:
+    """What the settings of an engine call the number of its threads; None where it has none."""
+    return runtimes.REGISTRY[str(engine.facts["runtime"])].threads
 
 
 class ModuleSession:

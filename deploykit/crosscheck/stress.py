@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deploykit import foreign, parity, runtimes
 from deploykit.artifact import Precision, Preprocess, Tensors, TensorSpec
+from deploykit.crosscheck import nonfinite
 from deploykit.crosscheck.measures import Limit
 from deploykit.crosscheck.pairing import BATCH, Pairs, answers, fed
 from deploykit.crosscheck.sides import Side
@@ -30,7 +31,8 @@ Arrays = Sequence[NDArray[np.floating]]
 class Row:
     """One kind of input and what became of it; `side` is empty where both are compared. No verdict: it means nothing here.
 
-    `is_own_check` marks what deploykit itself refuses before a side sees it: true of deploykit, and no gate on a side.
+    `is_own_check` marks what deploykit itself refuses before a side sees it: true of deploykit, and no gate on a side, unless
+    it was not refused and read as something else.
     """
 
     kind: str
@@ -38,6 +40,11 @@ class Row:
     verdict: Verdict | None
     reason: str
     is_own_check: bool = False
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether a side is judged by it: not by what means nothing on it, nor by wrong arrays that deploykit kept from it."""
+        return self.verdict is Verdict.FAIL or (self.verdict is Verdict.PASS and not self.is_own_check)
 
 
 def generated(pairs: Pairs, how: Preprocess | None) -> dict[str, list[NDArray[np.floating]]]:
@@ -76,10 +83,13 @@ def run(
     return rows
 
 
-def as_gate(row: Row) -> GateResult:
-    """A row as a gate; what means nothing on a side passes, and says so."""
-    where = f"{row.side}: " if row.side else ""
-    return GateResult(f"{where}{row.kind}", row.verdict or Verdict.PASS, None, None, row.reason)
+def gates(rows: Iterable[Row]) -> list[GateResult]:
+    """The rows by which a side is judged."""
+    return [
+        GateResult(f"{row.side}: {row.kind}" if row.side else row.kind, row.verdict, None, None, row.reason)
+        for row in rows
+        if row.verdict is not None and row.is_gate
+    ]
 
 
 def _both(kind: str, sides: Sequence[Side], sessions: Sequence[Session], pairs: Pairs, inputs: Arrays, limit: Limit) -> Row:
@@ -88,7 +98,20 @@ def _both(kind: str, sides: Sequence[Side], sessions: Sequence[Session], pairs: 
     worst = max(errors, key=lambda found: found.relative)
     told = f"max|d| / max|A| {worst.relative:.2g}, SQNR {worst.sqnr_db:.1f} dB" if np.isfinite(worst.max_abs) else "not finite"
     holds = all(limit.holds(found) for found in errors)
-    return Row(kind, "", Verdict.PASS if holds else Verdict.FAIL, f"{'identical' if worst.max_abs == 0 else told} ({limit.rule})")
+    verdict = Verdict.PASS if holds else Verdict.FAIL
+    names = [f"{kind} {index}" for index in range(len(inputs[0]))]
+    broken = (_not_finite(side, pairs, inputs, found, names) for side, found in zip(sides, (mine, theirs), strict=True))
+    blamed = "".join(f"; {found}" for found in broken if found)
+    return Row(kind, "", verdict, f"{'identical' if worst.max_abs == 0 else told} ({limit.rule}){blamed}")
+
+
+def _not_finite(side: Side, pairs: Pairs, inputs: Arrays, answered: Arrays, names: Sequence[str]) -> str:
+    """Which of `inputs` are answered with no numbers, and the first layer with one, in words; empty when all are numbers."""
+    rows = nonfinite.broken(answered)
+    if not rows:
+        return ""
+    where = nonfinite.blame(side, pairs, [array[rows[0] : rows[0] + 1] for array in inputs])
+    return nonfinite.told(side, rows, names, where)
 
 
 def _batches(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:
@@ -101,18 +124,25 @@ def _batches(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:
 
 
 def _again(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:
+    kind = f"{_RUNS} runs of the same input"
     first, _ = answers(side, session, pairs, inputs)
+    # The same NaN each time is no answer that could be trusted either.
+    if broken := _not_finite(side, pairs, inputs, first, [f"noise {index}" for index in range(len(inputs[0]))]):
+        return Row(kind, side.label, Verdict.FAIL, broken)
     same = all(
-        np.array_equal(now, before, equal_nan=True)
+        np.array_equal(now, before)
         for _ in range(_RUNS - 1)
         for now, before in zip(answers(side, session, pairs, inputs)[0], first, strict=True)
     )
     told = "the same bits each time" if same else "the answers change from run to run"
-    return Row(f"{_RUNS} runs of the same input", side.label, Verdict.PASS if same else Verdict.FAIL, told)
+    return Row(kind, side.label, Verdict.PASS if same else Verdict.FAIL, told)
 
 
 def _threads(side: Side, _session: Session, pairs: Pairs, inputs: Arrays) -> Row:
     counts = (1, max(2, available_cores()))
+    kind = f"{counts[0]} and {counts[1]} threads"
+    if not side.has_threads:
+        return Row(kind, side.label, None, f"means nothing: {side.kind} has no threads to set")
     found = []
     for threads in counts:
         session = side.open(threads)
@@ -120,7 +150,7 @@ def _threads(side: Side, _session: Session, pairs: Pairs, inputs: Arrays) -> Row
             found.append(answers(side, session, pairs, inputs)[0])
         finally:
             session.close()
-    return _near(f"{counts[0]} and {counts[1]} threads", side, *found)
+    return _near(kind, side, *found)
 
 
 def _not_contiguous(side: Side, session: Session, pairs: Pairs, inputs: Arrays) -> Row:

@@ -320,7 +320,7 @@ def _two_sides(result: Mapping[str, Any]) -> str:
     parts += [f"differences of {output['names'][0]}: {_histogram(output)}" for output in result["outputs"]]
     parts += _decided(result["decisions"]) if result["decisions"] else []
     parts += [f"note: {note}" for note in result["notes"]]
-    parts += [f"{row['kind']} for {row['side']}: {row['reason']}" for row in result["stress"] if row["is_own_check"]]
+    parts += [f"{row['kind']} for {row['side']}: {row['reason']}" for row in result["stress"] if not row["is_gate"]]
     parts.append(_gates(result["gates"]))
     parts.append(f"{units.plural(fed['images'], 'input')}: {fed['origin']}")
     parts.append(f"on {machine['cpu']} ({', '.join(machine['features']) or 'no CPU feature that decides about int8'})")

@@ -155,7 +155,7 @@ class Entry:
     INT8). `on_cpu` says whether INT8 depends on the CPU; `signed_on_arm64`, whether its kernels for ARM's int8 dot product
     multiply signed by signed and do less with signed activations; `profiles`, whether its module says what each kernel takes
     (`ProfilingRuntime`); `tells_progress`, whether its builds say how far they are (`TellingRuntime`); `threads`, what the
-    settings of its engines call the number of threads."""
+    settings of its engines call the number of threads (None: an engine has none)."""
 
     module: str
     package: str
@@ -165,7 +165,7 @@ class Entry:
     signed_on_arm64: bool = False
     profiles: bool = False
     tells_progress: bool = False
-    threads: str = "intra_op_num_threads"
+    threads: str | None = "intra_op_num_threads"
 
 
 REGISTRY: Mapping[str, Entry] = {
@@ -208,6 +208,7 @@ REGISTRY: Mapping[str, Entry] = {
         QdqRules("int8", bias="float", weights="float", outputs=False, add="skip", share_concat_scale=True),
         on_cpu=False,
         tells_progress=True,
+        threads=None,
     ),
     "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None),
 }
@@ -258,7 +259,7 @@ def is_engine(artifact: Artifact) -> bool:
 def threads_of(engine: Artifact) -> int | None:
     """How many threads an engine was built to use; None for what is no engine of a known runtime."""
     entry = REGISTRY.get(str(engine.facts.get("runtime")))
-    threads = None if entry is None else engine.settings.get(entry.threads)
+    threads = None if entry is None or entry.threads is None else engine.settings.get(entry.threads)
     return threads if isinstance(threads, int) else None
 
 
