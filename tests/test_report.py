@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from deploykit import gate
 from deploykit.errors import UsageError
-from deploykit.report import charts, units
+from deploykit.report import charts, decisions, units
 from deploykit.report.html import IN_ORDER, render
 from deploykit.report.markup import element, escape
 
@@ -336,6 +337,41 @@ def test_each_verdict_is_named(verdict: str | None, code: int, words: str) -> No
     text = render(full_result() | {"verdict": verdict, "exit_code": code})
 
     assert f'<p class="word">{words}</p>' in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "observed", "interval", "cells"),
+    [
+        ("disagreements <= 2", 2, None, ["2", "exact"]),
+        ("agreement >= 99 %", 99.63, [98.66, 99.9], ["99.63 %", "98.66 to 99.90 %"]),
+        ("drop <= 1 points", -0.185, [-1.04, 0.61], ["\N{MINUS SIGN}0.18 points", "\N{MINUS SIGN}1.04 to 0.61 points"]),
+        ("latency <= 0.2 ms", 0.113, [0.11, 0.12], ["0.113 ms", "0.110 to 0.120 ms"]),
+        ("slowdown <= 5 %", 3.2, [-0.4, 6.1], ["3.20 %", "\N{MINUS SIGN}0.40 to 6.10 %"]),
+    ],
+)
+def test_a_gate_of_each_metric_is_told_in_the_unit_of_its_rule(
+    rule: str, observed: float, interval: list[float] | None, cells: list[str]
+) -> None:
+    gate = _gate(f"onnxruntime int8: {rule}", "cannot tell", observed, interval, "why")
+
+    page = Page(render(full_result() | {"gates": [gate]}))
+
+    place = page.cells.index(f"onnxruntime int8: {rule}")
+    assert page.cells[place + 2 : place + 4] == cells
+
+
+def test_every_metric_of_a_gate_has_a_unit() -> None:
+    assert decisions._UNITS.keys() == gate._METRICS.keys()
+
+
+@pytest.mark.parametrize("rule", ["drop <= 1 points", "latency <= 0.2 ms"])
+def test_what_cannot_be_told_is_blamed_on_images_by_its_own_reason_alone(rule: str) -> None:
+    undecided = _gate(f"onnxruntime int8: {rule}", "cannot tell", 0.1, [0, 1], "the run is invalid: others used its cores")
+
+    page = Page(render(full_result() | {"gates": [undecided], "verdict": "cannot tell", "exit_code": 5}))
+
+    assert "1 of 1 gate cannot be decided; the table below says why, and what would decide." in page.text
+    assert "few images;" not in page.text
 
 
 def test_a_run_that_failed_after_its_gates_does_not_look_green() -> None:

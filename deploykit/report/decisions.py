@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -27,6 +27,14 @@ from deploykit.report.units import NOT_MEASURED
 
 FLIPS_SHOWN = 48
 _SMALL_PICTURE = 96  # pixels; below it, enlarging without smoothing shows what the network sees
+# How numbers of each metric are written; one that is missing here stops the page.
+_UNITS: Mapping[str, Callable[[float], str]] = {
+    "disagreements": "{:,.0f}".format,
+    "agreement": lambda value: units.percent(value / 100),
+    "drop": units.points,
+    "latency": units.milliseconds,
+    "slowdown": units.change,
+}
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -109,9 +117,7 @@ def _gate_unit(rule: Rule | None) -> Callable[[float], str]:
     """How a rule's numbers are written."""
     if rule is None:
         return lambda value: units.count(int(value)) if value == int(value) else units.number(value)
-    if rule.metric == "drop":
-        return units.points
-    return (lambda value: units.percent(value / 100)) if rule.metric == "agreement" else (lambda value: f"{value:,.0f}")
+    return _UNITS[rule.metric]
 
 
 def _visible_drop(result: Result) -> Markup:

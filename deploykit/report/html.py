@@ -51,7 +51,7 @@ _EXIT_CODES = {
     2: "what was asked for is wrong",
     3: "a gate failed",
     4: "this machine lacks what was required",
-    5: "not enough images or processes to decide a gate",
+    5: "a gate could not be decided: too few images or processes, or a disturbed benchmark",
     130: "interrupted",
 }
 # The exit codes that a verdict explains by itself.
@@ -178,7 +178,7 @@ def _verdict(result: Result) -> tuple[str, str, str, str]:
     if verdict == "fail":
         return "fail", "\N{MULTIPLICATION X}", "Fail", f"{of_all} failed."
     if verdict == "cannot tell":
-        sentence = f"{of_all} cannot be decided from so few images; the table below says how many would do."
+        sentence = f"{of_all} cannot be decided; the table below says why, and what would decide."
         return "unsure", "?", "Cannot tell", sentence
     if code not in (None, 0):
         return "fail", "!", "Not finished", "There is no verdict: see the exit code and the stages."

@@ -12,9 +12,9 @@ from deploykit.errors import DeploykitError
 from deploykit.gate import Rule, parse_rule
 from deploykit.report import units
 from deploykit.report.parts import Result
+from deploykit.report.text import REFERENCE
 
 _LISTED = 100
-_NAMED = 5  # layers, in a message
 _BISECT, _ANSWERS = "deploykit bisect ", "B answers like A"  # a note, and the gate that it is about
 _FOR_INT8 = "every layer meant for int8"  # a gate whose own reason names them
 
@@ -242,25 +242,23 @@ def _stage_of(gate: str) -> str:
 
 
 def _details(result: Result, gate: str) -> Iterator[str]:
-    """What is to blame on the engine that a gate is about: flipped images, where a rule was about them, and layers in float."""
+    """What is to blame on the engine that a gate is about: flipped images, where a rule was about them, and layers in float where
+    the gate is that none is. A float layer is nearer to FP32 than an int8 one, so it is not to blame for answers."""
     if _stage_of(gate) == "benchmark":
         return
     cases = [] if _rule_in(gate) is None else [case for case in result["parity"] if _is_on(case["label"], gate)]
     lines = [f"{image}: {reference} became {here}" for _, image, reference, here, _ in _flipped(cases)]
     for label, layer, operator, precision, why in _in_float(result):
-        if _is_on(label, gate):
+        if _FOR_INT8 in gate and _is_on(label, gate):
             lines.append(f"{layer} ({operator}) runs in {precision}{f': {why}' * bool(why)}")
     yield from _cut(lines, _unlisted(cases))
 
 
 def _blaming(gate: Mapping[str, Any], result: Result) -> Mapping[str, Any]:
-    """A gate of answers that failed, with what may be to blame in its reason: layers in float, or else what names the layer."""
+    """A gate of an INT8 engine's answers that failed, with the command in its reason that names the layer."""
     if gate["verdict"] != Status.FAIL.value or _stage_of(gate["rule"]) == "benchmark" or _FOR_INT8 in gate["rule"]:
         return gate
     engine = next((one for one in result["engines"] if _is_on(one["label"], gate["rule"])), None)
-    floats = [layer for label, layer, *_ in _in_float(result) if _is_on(label, gate["rule"])]
-    if floats:
-        return _with_reason(gate, f"in float: {', '.join(floats[:_NAMED])}{', ...' * (len(floats) > _NAMED)}")
     graph = None if engine is None else f"quantize-{engine['runtime']}"
     if graph not in {stage["name"] for stage in result["stages"]} or engine is None or engine["precision"] != "int8":
         return gate
@@ -284,7 +282,8 @@ def _unlisted(compared: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _is_on(label: str, rule: str) -> bool:
-    return rule.startswith(f"{label}: ")
+    """Whether a gate is about the engine of this label, or about its graph where there is no engine here."""
+    return rule.startswith((f"{label}: ", f"{label}{REFERENCE}: "))
 
 
 def _flipped(cases: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -49,6 +49,11 @@ def duration(nanoseconds: float | None) -> str:
     return _scaled(nanoseconds, _DURATIONS)
 
 
+def milliseconds(value: float | None) -> str:
+    """A latency in the unit that gate rules have."""
+    return NOT_MEASURED if value is None or not isfinite(value) else f"{number(value)}{_SPACE}ms"
+
+
 def duration_unit(nanoseconds: float) -> tuple[float, str]:
     """The unit in which this latency reads best, as (nanoseconds in it, its name)."""
     return _unit(nanoseconds, _DURATIONS)
@@ -84,6 +89,13 @@ def percent(share: float | None) -> str:
     elif text == "0.00":
         text = "0" if share <= 0 else f"<{_SPACE}0.01"
     return f"{text}{_SPACE}%"
+
+
+def change(percent: float | None) -> str:
+    """A difference in percent with two decimals; less than nothing is negative."""
+    if percent is None or not isfinite(percent):
+        return NOT_MEASURED
+    return f"{_minus(f'{round(percent, 2) + 0.0:.2f}')}{_SPACE}%"
 
 
 def points(value: float | None) -> str:
