@@ -91,6 +91,22 @@ class TestLatency:
         assert (found["ratio"], found["told"]) == (9, "not compared")
         assert found["why"] == [f"{'AB'[which]} is invalid: the clock changed"]
 
+    @pytest.mark.parametrize(
+        ("took", "why"),
+        [
+            (1_040_000, []),
+            (1_200_000, ["the same fixed work took 1000 µs in A and 1200 µs in B: the machine's clock changed"]),
+            (None, ["the machine's clock in B is not known: run it again"]),
+        ],
+    )
+    def test_at_another_clock_is_told_and_not_judged(self, took, why):
+        other = run(int8=[1200] * 6)
+        other["benchmark"]["fixed_work_ns"] = took
+
+        found = int8(compare(run(), other))["latency"]
+
+        assert (found["told"], found["why"]) == ("not compared" if why else "worse", why)
+
     def test_of_too_few_processes_is_not_judged(self):
         found = int8(compare(run(int8=[1000] * 4), run(int8=[9000] * 6)))["latency"]
 

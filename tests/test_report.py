@@ -172,6 +172,7 @@ def full_result() -> dict[str, Any]:
             "warnings": [],
             "baseline": "onnxruntime fp32",
             "noise_floor": 0.004,
+            "fixed_work_ns": 1_000_000,
             "engines": [
                 _timed("onnxruntime fp32", 93_000, [92_100, 94_300], 10_350, 250_112),
                 _timed("onnxruntime int8", 65_500, [64_900, 66_400], 14_900, 70_020),
@@ -181,7 +182,9 @@ def full_result() -> dict[str, Any]:
                     "label": "onnxruntime int8 / onnxruntime fp32",
                     "ratio": 0.704,
                     "interval": [0.691, 0.718],
+                    "floor": 0.004,
                     "different": True,
+                    "why": [],
                     "smallest_visible": 0.032,
                 }
             ],
@@ -405,12 +408,16 @@ def test_an_engine_that_was_not_built_is_listed_with_its_reason() -> None:
 
 def test_an_interval_around_one_is_no_difference() -> None:
     result = full_result()
-    result["benchmark"]["ratios"][0] |= {"ratio": 0.98, "interval": [0.95, 1.02]}
+    result["benchmark"]["ratios"][0] |= {"ratio": 0.98, "interval": [0.95, 1.02], "different": False}
 
     page = Page(render(result))
 
     assert "no difference can be told" in page.text
     assert "faster, ratio" not in page.text
+
+
+def test_a_ratio_has_its_noise_floor_beside_it() -> None:
+    assert "faster , ratio 0.704 (95 %: 0.691 to 0.718); noise floor 0.40 %" in Page(render(full_result())).text
 
 
 def test_samples_beyond_the_axis_are_counted() -> None:
@@ -461,11 +468,13 @@ def test_a_noise_floor_that_is_not_known_is_not_shown(floor: float | None) -> No
 def test_an_invalid_run_is_called_so_with_every_reason() -> None:
     result = full_result()
     result["benchmark"] |= {"warnings": ["others ran", "the clock changed"], "verdict": "invalid: others ran; the clock changed"}
+    result["benchmark"]["ratios"][0] |= {"different": False, "why": ["others ran", "the clock changed"]}
 
     page = Page(render(result))
 
     assert "This run is invalid: measure again on a quiet machine." in page.text
     assert {"others ran", "the clock changed"} <= set(page.cells)
+    assert "faster, ratio" not in page.text
     assert "Nothing disturbed" not in page.text
 
 

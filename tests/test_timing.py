@@ -27,6 +27,7 @@ from deploykit.errors import UsageError
 from deploykit.gate import Verdict, parse_rule
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
+from deploykit.telemetry import board
 
 QUICK = ("--processes", 5, "--queries", 3, "--warmup", 1, "--offline-seconds", 0)
 FP32, INT8 = "onnxruntime fp32", "onnxruntime int8"
@@ -416,11 +417,49 @@ class TestBaselines:
         assert found.verdict is (Verdict.PASS if can_tell else Verdict.CANNOT_TELL)
         assert found.reason.endswith(f"the run is invalid: {reason}") is not can_tell
 
-    def test_the_larger_noise_floor_of_both_runs_counts(self):
+    @pytest.mark.parametrize("works", [(1_000_000, 1_200_000), (1_200_000, 1_000_000)])
+    def test_nothing_is_called_different_at_another_clock_and_the_table_says_why(
+        self, deploykit, fp32, baseline, measured, works
+    ):
+        path = baseline({FP32: around(MS)}, fixed_work_ns=(works[0],) * 3)
+        measured(around(round(1.2 * MS)), fixed_work_ns=(works[1],) * 3)
+
+        words = ("benchmark", fp32, "--baseline", path, "--markdown", path.with_suffix(".md"))
+        told = " ".join(deploykit(*words).out.split())
+
+        why = f"the same fixed work took {works[0] // 1000} µs in the baseline and {works[1] // 1000} µs now"
+        assert f"), cannot be told: {why}: the machine's clock changed; noise floor" in told
+        assert f"| cannot be told: {why}" in path.with_suffix(".md").read_text()
+
+    def test_a_ratio_has_the_larger_noise_floor_of_both_runs_beside_it(self, deploykit, fp32, baseline, measured):
         quiet, loud = timings.report({"a": around(MS)}), timings.report({"a": around(MS, 0.2)})
+        path = baseline({FP32: around(MS, 0.2)})
+        measured(around(MS))
+
+        out = deploykit("benchmark", fp32, "--baseline", path).out
 
         for report, earlier in ((quiet, loud), (loud, quiet)):
             assert judge.since(report, earlier, "a").floor == loud.noise_floor > quiet.noise_floor
+        assert f"no difference can be told; noise floor {100 * loud.noise_floor:.1f} %; the smallest" in out
+
+    def test_one_of_another_power_mode_of_the_board_is_refused(self, refused, fp32, baseline, monkeypatch):
+        path = baseline({FP32: around(MS)}, power_mode="15W")
+        monkeypatch.setattr(board, "named_mode", lambda: "MAXN")
+
+        message = refused(fp32, "--baseline", path)
+
+        assert "the baseline was measured in another power mode of this board why: 15W there, MAXN here" in message
+
+    def test_so_is_one_whose_power_mode_is_not_known_where_the_other_is(self):
+        unknown, here = timings.report({"a": around(MS)}), timings.report({"a": around(MS)}, power_mode="MAXN")
+
+        for report, earlier, why in (
+            (here, unknown, "not known there, MAXN here"),
+            (unknown, here, "MAXN there, not known here"),
+        ):
+            with pytest.raises(UsageError, match=why):
+                judge.since(report, earlier, "a")
+        assert judge.since(here, here, "a").ratio == 1
 
     @pytest.mark.parametrize(
         ("content", "why"),
@@ -536,7 +575,7 @@ class TestTheTable:
         assert "too few" in first
         assert "1,000 by 8" in first
         assert f"{INT8} / {FP32}: 0.500 (95 % 0.4" in text
-        assert ", different; the smallest difference that would be seen is 0.2 %" in text
+        assert ", different; noise floor 0.1 %; the smallest difference that would be seen is 0.2 %" in text
         assert "Latency of one image, compute alone" in text
         assert "the run is valid" in text
         assert "measured again" not in text

@@ -6,12 +6,12 @@ This module runs on devices: standard library and numpy only, Python 3.10.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from deploykit import publish
+from deploykit.benchmark import validity
 from deploykit.benchmark.report import BenchmarkReport, Measured
 from deploykit.benchmark.statistics import Difference, difference
 from deploykit.errors import UsageError, printable, translating_os_errors
@@ -21,7 +21,6 @@ from deploykit.machine import Machine
 
 _SCHEMA = "deploykit benchmark 1"
 _SIZE_LIMIT_BYTES = 64 << 20
-_SAME_CLOCK = 1.05
 
 
 def judge(rule: Rule, report: BenchmarkReport, label: str, baseline: str | None = None) -> GateResult:
@@ -41,20 +40,13 @@ def judge_slowdown(rule: Rule, found: Difference, doubts: tuple[str, ...]) -> Ga
 
 def judge_since(rule: Rule, report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> GateResult:
     """Judge a slowdown of `label` since an earlier run; when either run is not valid, nothing can be told."""
-    doubts = (*report.doubts, *(f"in the baseline, {doubt}" for doubt in earlier.doubts), *_other_clock(report, earlier))
-    return judge_slowdown(rule, since(report, earlier, label), doubts)
+    return judge_slowdown(rule, since(report, earlier, label), doubts_since(report, earlier))
 
 
-def _other_clock(report: BenchmarkReport, earlier: BenchmarkReport) -> list[str]:
-    """Neither run knows whether the machine itself was slower in the other; the fixed work that both did says so."""
-    now, then = (
-        median(time for process in run.counted for time in process.conditions.fixed_work_ns) for run in (report, earlier)
-    )
-    if max(now, then) <= _SAME_CLOCK * min(now, then):
-        return []
-    return [
-        f"the same fixed work took {then / 1e3:.0f} µs in the baseline and {now / 1e3:.0f} µs now: the machine's clock changed"
-    ]
+def doubts_since(report: BenchmarkReport, earlier: BenchmarkReport) -> tuple[str, ...]:
+    """Why nothing can be told about a difference between two runs: what disturbed either, or the machine's clock in between."""
+    clock = validity.other_clock({"in the baseline": earlier.fixed_work_ns, "now": report.fixed_work_ns})
+    return (*report.doubts, *(f"in the baseline, {doubt}" for doubt in earlier.doubts), *clock)
 
 
 def since(report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> Difference:
@@ -64,7 +56,7 @@ def since(report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> Diff
 
     Raises UsageError when it is not clear what to compare with, or the earlier run was made on another machine.
     """
-    check_same_machine(earlier, report.machine)
+    check_same_machine(earlier, report.machine, _modes(report))
     floor = max(report.noise_floor, earlier.noise_floor)
     return difference(report.engine(label).medians_ns, counterpart(earlier, label).medians_ns, floor, report.seed)
 
@@ -100,19 +92,33 @@ def check_same_queries(earlier: BenchmarkReport, settings: Mapping[str, Any]) ->
         raise UsageError("the baseline was measured with other settings", problems=different, fix="give the same ones")
 
 
-def check_same_machine(earlier: BenchmarkReport, here: Machine) -> None:
-    """Raises UsageError, with what differs, when the earlier run was made on another machine."""
+def check_same_machine(earlier: BenchmarkReport, here: Machine, modes: Sequence[str]) -> None:
+    """Raises UsageError, with what differs, when the earlier run was made on another machine, or in other power `modes` of it."""
     there = earlier.machine
-    if here.identity != there.identity:
+    different = [
+        f"{name}: {getattr(there, name)} there, {getattr(here, name)} here"
+        for name in ("arch", "cpu", "features", "cores", "gpu")
+        if getattr(there, name) != getattr(here, name)
+    ]
+    if different:
         raise UsageError(
             "the baseline was measured on another machine",
-            problems=[
-                f"{name}: {getattr(there, name)} there, {getattr(here, name)} here"
-                for name in ("arch", "cpu", "features", "cores", "gpu")
-                if getattr(there, name) != getattr(here, name)
-            ],
+            problems=different,
             fix="measure the baseline here first: deploykit benchmark ENGINE --output FILE",
         )
+    if list(modes) != _modes(earlier):
+        told = " there, ".join(", ".join(names) or "not known" for names in (_modes(earlier), modes))
+        raise UsageError(
+            "the baseline was measured in another power mode of this board",
+            why=f"{told} here",
+            fix="set that mode with nvpmodel, or measure a baseline in this one: deploykit benchmark ENGINE --output FILE",
+        )
+
+
+def _modes(report: BenchmarkReport) -> list[str]:
+    """A Jetson's power modes during a run."""
+    found: list[str] = (report.board or {}).get("power_modes", [])
+    return found
 
 
 def save(report: BenchmarkReport, path: Path) -> None:

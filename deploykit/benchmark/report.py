@@ -223,6 +223,11 @@ class BenchmarkReport:
         return {"power_modes": modes, "gpu_mhz": [min(clocks), max(clocks)] if clocks else None}
 
     @property
+    def fixed_work_ns(self) -> float:
+        """Median time of the same fixed work in all processes that count: what the machine's clock was."""
+        return statistics.median(ns for process in self.counted for ns in process.conditions.fixed_work_ns)
+
+    @property
     def seed(self) -> int:
         """Of the order and of every bootstrap, so that the same samples give the same numbers."""
         return int(self.settings["seed"])

@@ -27,6 +27,7 @@ _TICK_NS = 10_000_000  # /proc/stat counts each core's time in jiffies, so a sho
 _THROTTLED_SHARE = 0.01
 _SHORTEST_SLEEP_NS = 100_000_000  # two clocks are read one after the other, and a switch between them looks like sleep
 _FIXED_WORK_SPREAD = 1.25
+_SAME_CLOCK = 1.05
 _DRIFT = 1.10
 _ORDERS, _BY_CHANCE = 500, 0.01
 
@@ -41,6 +42,17 @@ def doubts(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -
         *_drift_inside(engines),
         *_drift_over_the_run(engines, order),
     )
+
+
+def other_clock(fixed_work_ns: Mapping[str, float]) -> list[str]:
+    """Why latencies of two runs do not compare, from what the same fixed work took in each, by where it ran.
+
+    No run knows whether the machine itself was slower in the other; the work that both did says so.
+    """
+    if max(fixed_work_ns.values()) <= _SAME_CLOCK * min(fixed_work_ns.values()):
+        return []
+    took = " and ".join(f"{ns / 1e3:.0f} µs {where}" for where, ns in fixed_work_ns.items())
+    return [f"the same fixed work took {took}: the machine's clock changed"]
 
 
 def _too_few(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:

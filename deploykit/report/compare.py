@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from deploykit import publish
+from deploykit.benchmark import validity
 from deploykit.benchmark.statistics import FEWEST_PROCESSES, difference
 from deploykit.errors import UsageError, printable, translating_os_errors
 from deploykit.gate import paired_difference_interval
@@ -134,9 +135,18 @@ def _latency(a: Result, b: Result, label: str) -> dict[str, Any]:
         f"{name} has {len(ones)} processes, too few" for name, ones in zip("AB", ran, strict=True) if len(ones) < FEWEST_PROCESSES
     ]
     doubts += ["how much the same engine differs from itself was not measured"] * (not isfinite(floor))
+    doubts += _other_clock(a, b)
     told = _NOT_COMPARED if doubts else _SAME if not found.is_different else _BETTER if found.ratio < 1 else _WORSE
     interval = list(found.honest_interval if isfinite(floor) else found.interval)
     return {"ratio": found.ratio, "interval": interval, "told": told, "median_ns": [median(ones) for ones in ran], "why": doubts}
+
+
+def _other_clock(a: Result, b: Result) -> list[str]:
+    """Why the clocks of two runs forbid to judge their latencies; runs of earlier versions kept no fixed work."""
+    work = {f"in {name}": run["benchmark"].get("fixed_work_ns") for name, run in zip("AB", (a, b), strict=True)}
+    if unknown := [f"the machine's clock {where} is not known: run it again" for where, ns in work.items() if not ns]:
+        return unknown
+    return validity.other_clock(work)
 
 
 def _doubts(run: Result) -> Sequence[str]:

@@ -131,13 +131,15 @@ def _ratios(result: Result, ratios: Sequence[Result]) -> Markup:
     scale = Scale.around([1.0, *ends])
     rows = []
     for entry in measured:
-        name, bounds, words = words_of(entry.get("label"), "ratio"), _bounds(entry.get("interval")), _faster(entry)
+        name, bounds = words_of(entry.get("label"), "ratio"), _bounds(entry.get("interval"))
+        words = _faster(entry, result["benchmark"])
         ratio = f"{entry['ratio']:.3f}" + (f" (95 %: {units.interval(bounds, lambda value: f'{value:.3f}')})" if bounds else "")
+        floor = f"; noise floor {units.percent(entry['floor'])}" if entry.get("floor") is not None else ""
         title = f"{name}: {ratio}, {words}"
         picture = charts.row(
             title, scale, [Mark(entry["ratio"])], interval=bounds, zero=1.0, series=series_of(result, name.partition(" / ")[0])
         )
-        rows.append(chart_row(name, (element("strong", words), f", ratio {ratio}"), picture))
+        rows.append(chart_row(name, (element("strong", words), f", ratio {ratio}{floor}"), picture))
     caption = (
         element("strong", "Ratio of median latencies"),
         "1 is the same speed, less is faster. The whisker is the 95 % interval over processes.",
@@ -145,11 +147,11 @@ def _ratios(result: Result, ratios: Sequence[Result]) -> Markup:
     return figure(caption, rows, charts.axis(scale, lambda tick: f"{tick:.3g}"))
 
 
-def _faster(entry: Result) -> str:
-    """`1.42x faster`; an interval around 1 tells nothing, so neither do the words."""
-    bounds, ratio = _bounds(entry.get("interval")), entry["ratio"]
-    if bounds and bounds[0] <= 1 <= bounds[1]:
-        return "no difference can be told"
+def _faster(entry: Result, benchmark: Result) -> str:
+    """`1.42x faster`; where nothing can be told, why."""
+    ratio, told = entry["ratio"], units.told(entry, benchmark)
+    if told != "different":
+        return told
     return f"{1 / ratio:.2f}\N{MULTIPLICATION SIGN} faster" if ratio < 1 else f"{ratio:.2f}\N{MULTIPLICATION SIGN} slower"
 
 

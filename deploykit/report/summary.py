@@ -366,12 +366,17 @@ def _latencies(measured: Result) -> Table:
 
 
 def _ratios(measured: Result) -> Table:
-    told = {True: "different", False: "no difference can be told" if measured.get("verdict") == "valid" else "invalid run"}
     rows = [
-        (ratio["label"], f"{ratio['ratio']:.3f}", units.interval(ratio["interval"], "{:.3f}".format), told[ratio["different"]])
+        (
+            ratio["label"],
+            f"{ratio['ratio']:.3f}",
+            units.interval(ratio["interval"], "{:.3f}".format),
+            units.percent(ratio["floor"]),
+            units.told(ratio, measured),
+        )
         for ratio in measured.get("ratios", ())
     ]
-    return Table("Latency compared", ("", "ratio", "95 %", "told"), tuple(rows))
+    return Table("Latency compared", ("", "ratio", "95 %", "noise floor", "told"), tuple(rows))
 
 
 def _filled(*tables: Table) -> tuple[Table, ...]:

@@ -130,10 +130,10 @@ def benchmark(result: Mapping[str, Any]) -> str:
     parts.append(f"{result['baseline']} against itself: up to {floor:.1f} % apart (95 %); less than that is no difference")
     for ratio in result["ratios"]:
         low, high = ratio["interval"]
-        told = "different" if ratio["different"] else "no difference can be told"
-        told = told if result["verdict"] == "valid" and (result["baseline_verdict"] or "valid") == "valid" else "invalid run"
+        noise = f"noise floor {100 * ratio['floor']:.1f} %"
         seen = f"the smallest difference that would be seen is {100 * ratio['smallest_visible']:.1f} %"
-        parts.append(f"{ratio['label']}: {ratio['ratio']:.3f} (95 % {low:.3f} to {high:.3f}), {told}; {seen}")
+        told = f"{ratio['ratio']:.3f} (95 % {low:.3f} to {high:.3f}), {units.told(ratio, result)}"
+        parts.append(f"{ratio['label']}: {told}; {noise}; {seen}")
     parts += [_gates(result["gates"])] * bool(result["gates"])
     parts.append(f"the run is {result['verdict']}")
     parts += [f"the baseline is {result['baseline_verdict']}"] * bool(result["baseline_verdict"])

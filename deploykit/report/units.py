@@ -142,6 +142,15 @@ def _minus(text: str) -> str:
     return text.replace("-", _MINUS)
 
 
+def told(ratio: Mapping[str, Any], benchmark: Mapping[str, Any]) -> str:
+    """What a ratio of latencies in a benchmark says, in words."""
+    if ratio.get("different"):
+        return "different"
+    if any(benchmark.get(key) not in (None, "valid") for key in ("verdict", "baseline_verdict")):
+        return "invalid run"
+    return f"cannot be told: {'; '.join(ratio['why'])}" if ratio.get("why") else "no difference can be told"
+
+
 def decided_otherwise(case: Mapping[str, Any]) -> str:
     """`2 of 500 images`; of what is about parts of pictures, `2 of 10,240 pixels`."""
     if "parts" in case:

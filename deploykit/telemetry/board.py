@@ -89,6 +89,12 @@ def current_mode(root: Path = _ROOT) -> tuple[int | None, str | None]:
     return int(found[1]), power_modes(_text(root / "etc/nvpmodel.conf")).get(int(found[1]))
 
 
+def named_mode(root: Path = _ROOT) -> str | None:
+    """What the power mode is called, or its number where its name is not known; None for what is no Jetson."""
+    number, name = current_mode(root)
+    return name or (None if number is None else str(number))
+
+
 def _gpu_node(root: Path) -> Path | None:
     nodes = sorted((root / "sys/class/devfreq").glob("*"))
     return next((node for node in nodes if _GPU_NODE.search(node.name)), None)

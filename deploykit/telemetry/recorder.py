@@ -70,9 +70,8 @@ class Recorder:
         powers = [tegrastats.total_mw(sample.power_mw) for sample in busy]
         rails = [tegrastats.total_mw(state.power_mw) for state in (self._before, after)]
         known = [power for power in powers if power is not None] or [power for power in rails if power is not None]
-        number, name = board.current_mode(self._root)
         self.seen = Seen(
-            power_mode=name or (None if number is None else str(number)),
+            power_mode=board.named_mode(self._root),
             gpu_mhz=clocks,
             power_mw=mean(known) if known else None,
             throttled=(*throttling.of_samples(samples), *throttling.between(self._before, after)),

@@ -17,6 +17,7 @@ from deploykit.benchmark.judge import (
     check_same_machine,
     check_same_queries,
     counterpart,
+    doubts_since,
     judge,
     judge_since,
     load,
@@ -34,6 +35,7 @@ from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
 from deploykit.publish import UNFINISHED, why_not_writable
 from deploykit.recipe import BenchmarkTable
+from deploykit.telemetry import board
 
 _PERCENTILES = (90, 95, 99)
 _SAMPLES = 8
@@ -199,7 +201,8 @@ def _check_comparable(
     """Refuse to set the latency of one image beside that of a batch, and one machine's beside another's."""
     images = {label: images_per_query(engine) for label, engine in engines.items()}
     if earlier is not None:
-        check_same_machine(earlier, Machine.probe())
+        mode = board.named_mode()
+        check_same_machine(earlier, Machine.probe(), [] if mode is None else [mode])
         for label, engine in engines.items():
             check_same_engine(earlier, label, about(engine))
         scenarios = {} if scenario == SINGLE_STREAM else {"scenario": to_json(scenario)}
@@ -251,9 +254,8 @@ def _told(report: BenchmarkReport, engines: Mapping[str, Artifact], earlier: Ben
         is_searched = bool(report.engines[0].rates_per_second)  # latencies at different rates do not compare
         others = [(label, report.baseline) for label in engines if label != report.baseline and not is_searched]
         return {**facts(report, engines, others), "baseline_verdict": None}
-    ratios = [
-        ratio(f"{label} / its baseline", since(report, earlier, label), (*report.doubts, *earlier.doubts)) for label in engines
-    ]
+    doubts = doubts_since(report, earlier)
+    ratios = [ratio(f"{label} / its baseline", since(report, earlier, label), doubts) for label in engines]
     return {**facts(report, engines, []), "ratios": ratios, "baseline_verdict": earlier.verdict}
 
 
@@ -287,6 +289,7 @@ def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Itera
         "warnings": list(report.doubts),
         "baseline": report.baseline,
         "noise_floor": report.noise_floor,
+        "fixed_work_ns": report.fixed_work_ns,
         "settings": settings,
         "engines": [_engine(report, found, engines[found.label]) for found in report.engines],
         "ratios": [
@@ -296,12 +299,17 @@ def facts(report: BenchmarkReport, engines: Mapping[str, Artifact], pairs: Itera
 
 
 def ratio(label: str, found: Difference, doubts: Sequence[str]) -> dict[str, Any]:
-    """One comparison as JSON values; the interval is never narrower than what the baseline shows against itself."""
+    """One comparison as JSON values; the interval is never narrower than the noise floor, what the baseline shows against itself.
+
+    `doubts` are why nothing can be told from it, whatever its numbers say.
+    """
     return {
         "label": label,
         "ratio": found.ratio,
         "interval": list(found.honest_interval),
+        "floor": found.floor,
         "different": found.is_different and not doubts,
+        "why": list(doubts),
         "smallest_visible": found.smallest_visible,
     }
 
