@@ -79,7 +79,8 @@ def run(
         timed = _benchmark(work, engines)
 
         measured = None if timed is None else timing.of_run(timed, engines)
-        gates = [*compared["gates"], *map(to_json, timing.judge_run(recipe.rules, engines, timed))]
+        rules_here = [rule for rule in recipe.rules if rule not in recipe.left_to_the_device]
+        gates = [*compared["gates"], *map(to_json, timing.judge_run(rules_here, engines, timed))]
         chosen = None if recipe.build.keep == "all" else _fastest(work, engines, timed, gates)
         found = result(work.made, work.stages, engines, compared, measured, gates, fastest=chosen, recipe=recipe, command=command)
         found["out"], found["report"] = printable(out), printable(out / REPORT)

@@ -585,3 +585,20 @@ class TestPathsThatAreTyped:
             == f"{tmp_path}/nets/mine.py:build"
         )
         assert load(file(tmp_path, LEAST_TOML.replace("lenet5", "package.mine:build"))).model.name == "package.mine:build"
+
+
+class TestARuleOfLatency:
+    @pytest.mark.parametrize(
+        ("build", "is_left"),
+        [
+            ({"target": "orin-nano", "engine": "skip"}, True),
+            ({"target": "orin-nano"}, False),
+            ({"engine": "skip"}, False),
+        ],
+    )
+    def test_is_left_to_the_device_only_where_the_recipe_names_it_and_builds_nothing_here(self, build, is_left):
+        content = {"name": "run", "gate": ["latency <= 5 ms"], "model": {"name": "lenet5"}, "build": build}
+
+        found = recipe.parse(content, base=Path("/"), source="a test")
+
+        assert [str(rule) for rule in found.left_to_the_device] == ["latency <= 5 ms"] * is_left

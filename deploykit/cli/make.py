@@ -19,6 +19,7 @@ from deploykit.cli.options import (
     argument_option,
     arguments_of,
     json_option,
+    named_recipe,
     output_option,
     overrides_of,
     progress_bars,
@@ -48,10 +49,9 @@ def run_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], s
     a file, or the name of a recipe that comes with deploykit, such as lenet_digits.
     """
     settings = overrides_of(overrides)
-    recipe = recipes.shipped(str(recipe)) or recipe
     if skip_bad_images:
         settings["data.skip_bad_images"] = "true"
-    return _run(recipes.load(recipe, settings, overrides_base=Path.cwd()), output)
+    return _run(named_recipe(recipe, settings), output)
 
 
 @click.command("finetune")

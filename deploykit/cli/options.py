@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import click
 
 from deploykit import recipe as recipes
 from deploykit.errors import UsageError
+from deploykit.recipe import Recipe
 
 
 def recipe_option(flag: str, key: str, **overrides: Any) -> Callable[..., Any]:
@@ -56,6 +57,16 @@ def arguments_of(texts: tuple[str, ...]) -> dict[str, str]:
 def overrides_of(texts: tuple[str, ...]) -> dict[str, str]:
     """What --set says, by key. Raises UsageError for a text without an equals sign."""
     return pairs("--set", texts, "preprocess.crop=64", form="TABLE.KEY=VALUE")
+
+
+def named_recipe(word: Path, settings: Mapping[str, str]) -> Recipe:
+    """The recipe of that file, or the one that comes with deploykit by that bare name.
+
+    A recipe of ours names the user's folders, so its paths are taken from where the user is and not from where it is installed.
+    Raises RecipeError.
+    """
+    here, ours = Path.cwd(), recipes.shipped(str(word))
+    return recipes.load(ours or word, settings, base=None if ours is None else here, overrides_base=here)
 
 
 def pairs(option: str, texts: tuple[str, ...], example: str, *, form: str = "KEY=VALUE") -> dict[str, str]:

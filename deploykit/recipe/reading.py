@@ -20,10 +20,16 @@ from deploykit.recipe.tables import BenchmarkTable, Recipe, declared, table_clas
 _SIZE_LIMIT_BYTES = 1 << 20
 
 
-def load(path: Path, overrides: Mapping[str, str] | None = None, *, overrides_base: Path | None = None) -> Recipe:
+def load(
+    path: Path,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    base: Path | None = None,
+    overrides_base: Path | None = None,
+) -> Recipe:
     """Read a TOML file; `overrides` maps `table.key` to a value in TOML syntax (bare words are text).
 
-    Relative paths are relative to the recipe's folder; those in `overrides` to `overrides_base`, if it is given.
+    Relative paths are relative to `base`, by default the recipe's folder; those in `overrides` to `overrides_base`, if given.
 
     Raises RecipeError with all problems at once: unreadable file, TOML syntax, unknown keys, types, ranges, meaning.
     """
@@ -37,7 +43,8 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, overrides_ba
         raise RecipeError(f"cannot read the recipe {printable(path)}", why=(error.strerror or str(error)).lower()) from error
     except (ValueError, RecursionError) as error:  # TOML syntax, not UTF-8, a number of thousands of digits, deep nesting
         raise RecipeError(f"{printable(path)} is not valid TOML", why=str(error)) from error
-    return parse(content, base=path.parent, source=printable(path), overrides=overrides, overrides_base=overrides_base)
+    source = printable(path)
+    return parse(content, base=base or path.parent, source=source, overrides=overrides, overrides_base=overrides_base)
 
 
 def shipped(name: str) -> Path | None:

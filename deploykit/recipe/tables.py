@@ -323,6 +323,13 @@ class Recipe:
         """The parsed gate rules."""
         return tuple(parse_rule(text) for text in self.gate)
 
+    @property
+    def left_to_the_device(self) -> tuple[Rule, ...]:
+        """Rules of latency that the board alone can judge: the recipe names it, and says that no engine is built here."""
+        if self.build.target is None or self.build.engine != "skip":
+            return ()
+        return tuple(rule for rule in self.rules if rule.metric == "latency")
+
 
 def declared() -> Iterator[tuple[str, Field[Any], Any]]:
     """Every key as (dotted name, dataclass field, type), in the order of declaration."""

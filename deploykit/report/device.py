@@ -86,6 +86,8 @@ def _paragraph(recipe: Recipe, missing: Sequence[Engine], linted: Mapping[str, M
         f"Not known before the device has built it: whether TensorRT takes the graph, {realised}how far the engine's answers are "
         "from the graph's, and how fast it is. Nothing was timed."
     )
+    if asked := recipe.left_to_the_device:
+        said.append(f"The device is asked for {' and '.join(map(str, asked))} before it switches.")
     if recipe.build.target is not None:
         said.append(_board(recipe.build.target))
     return " ".join(said)
