@@ -31,11 +31,13 @@ _IS_HELD = "is being changed by another process"
 @dataclass(frozen=True)
 class How:
     """How to deploy. `root` is the folder on the device, by default one of the network's name below /opt/deploykit;
-    `confirm_within_s` puts the release on trial; the others are what the device half's commands of that name take."""
+    `confirm_within_s` puts the release on trial; `rebuild` lets the device build its engine again when an update there has made
+    it stale; the others are what the device half's commands of that name take."""
 
     root: str | None = None
     python: str = "python3"
     confirm_within_s: float | None = None
+    rebuild: bool = False
     allow_downgrade: bool = False
     model: str | None = None
     threads: int = 0
@@ -270,7 +272,8 @@ class _Steps:
         trial = []
         if how.confirm_within_s is not None:
             trial = ["--confirm-within", str(how.confirm_within_s)]
-            yield "watch", [], 120.0
+        if trial or how.rebuild:
+            yield "watch", ["--rebuild"] if how.rebuild else [], 120.0
         yield "activate", [id, *trial, *self._downgrade()], 600.0
 
     def _downgrade(self) -> list[str]:

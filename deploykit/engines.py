@@ -1,7 +1,7 @@
 """The engines of a release on this device: which there are, what was said of them, and which one runs.
 
 What is said is kept for each engine by `slots`, and counts for that engine alone: another version of the runtime, another CPU or
-a file that changed is another engine.
+a file that changed is another engine. One that an update of the device has made stale stays beside the one that is built then.
 
 This module runs on devices: standard library, numpy and one runtime, Python 3.10.
 """
@@ -9,18 +9,19 @@ This module runs on devices: standard library, numpy and one runtime, Python 3.1
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from deploykit import bundle, parity, publish, runtimes, slots
+from deploykit import benchmark, bundle, parity, publish, runtimes, slots
 from deploykit.artifact import Artifact, Precision, Samples, read_artifact
+from deploykit.benchmark import judge as latency_judge
 from deploykit.bundle import Manifest
-from deploykit.errors import CapabilityError, UsageError
-from deploykit.gate import Verdict
+from deploykit.errors import CapabilityError, UsageError, printable
+from deploykit.gate import Verdict, parse_rule, worst
 from deploykit.jsonable import digest, finite, to_json
-from deploykit.machine import Machine, installed_version
+from deploykit.machine import Machine
 
 
 def find(root: Path, id: str, asked: str | None) -> Artifact:
@@ -46,10 +47,36 @@ def checked(root: Path, id: str, asked: str | None) -> Artifact:
     return engine
 
 
-def judged(root: Path, id: str, engine: Artifact) -> dict[str, Any]:
-    """The engine's identity and its parts: `parity` on the golden samples, and `precision`, what really runs in int8."""
-    precision = _precision(engine, _model_of(root, id, engine))
-    return {"identity": engine.identity, "parity": _parity(engine), "precision": precision}
+def judge(root: Path, id: str, engine: Artifact) -> Mapping[str, Any]:
+    """The engine's identity and its parts: `parity` on the golden samples, and `precision`, what really runs in int8.
+
+    It is kept, and an engine that was asked already is not asked again.
+    """
+    found = slots.read_health(root, id).checked.get(engine.folder.name)
+    if found is None or found["identity"] != engine.identity:
+        precision = _precision(engine, _model_of(root, id, engine))
+        found = {"identity": engine.identity, "parity": _parity(engine), "precision": precision}
+        keep(root, id, engine, found)
+    return found
+
+
+def measure(
+    root: Path, id: str, engine: Artifact, rules: Sequence[str], *, processes: int, queries: int
+) -> tuple[Mapping[str, Any], Verdict | None]:
+    """What was said of the engine with `latency`, measured in fresh processes now and kept; and what `rules` say of it, None
+    when there is none."""
+    found = proven(root, id, engine)
+    report = benchmark.benchmark(
+        {id: engine}, processes=processes, queries=queries, warmup=5, seed=0, offline_batches=[1], offline_seconds=0.0
+    )
+    gates = [latency_judge.judge(parse_rule(text), report, id) for text in rules]
+    latency = {"median_ns": report.engine(id).median_ns, "doubts": report.doubts, "gates": gates, "rules": rules}
+    asked = {"processes": processes, "queries": queries}
+    verdict = worst([gate.verdict for gate in gates])
+    # Without a rule nothing was asked, and what was asked for nothing passes.
+    found = {**found, "latency": to_json({**latency, **asked, "verdict": verdict or Verdict.PASS})}
+    keep(root, id, engine, found)
+    return found, verdict
 
 
 def proven(root: Path, id: str, engine: Artifact) -> Mapping[str, Any]:
@@ -78,11 +105,11 @@ def verdicts(id: str, found: Mapping[str, Any], manifest: Manifest) -> dict[str,
 
 def is_running(root: Path, id: str, asked: str | None) -> bool:
     """Whether a current release runs with the engine that was asked for: any, when none was, that is for this machine."""
-    running = slots.read_health(root, id).running
-    if running is None:
+    found = slots.read_health(root, id).running
+    if found is None:
         return False
-    key = machine_key(running.engine.partition("-")[0])
-    return running.engine.endswith(f"-{key}") if asked is None else running.engine == asked
+    key = machine_key(found.engine.partition("-")[0])
+    return found.engine.endswith(f"-{key}") if asked is None else found.engine == asked
 
 
 def run_with(root: Path, id: str, engine: Artifact, verdicts: Mapping[str, Verdict], *, is_trial: bool) -> None:
@@ -90,15 +117,29 @@ def run_with(root: Path, id: str, engine: Artifact, verdicts: Mapping[str, Verdi
     if is_trial and slots.current(root) == id:
         why = "a trial goes back to another release, and not to another engine"
         raise UsageError(f"the release {id} is current already", why=why, fix="leave --confirm-within out")
-    running = slots.Running(engine.folder.name, engine.identity, verdicts)
-    slots.write_health(root, id, replace(slots.read_health(root, id), running=running))
+    found = slots.Running(engine.folder.name, engine.identity, verdicts)
+    slots.write_health(root, id, replace(slots.read_health(root, id), running=found))
+
+
+def running(root: Path, id: str) -> Artifact | None:
+    """The engine that a release runs with; None where none was activated. Raises UsageError when it is damaged."""
+    found = slots.read_health(root, id).running
+    return None if found is None else read_artifact(root / slots.ENGINES / id / found.engine)
+
+
+def origin(name: str) -> tuple[str, int]:
+    """Which graph of the bundle an engine was built from, and with how many threads, by the name of its folder."""
+    label, _, threads = name.rpartition("-")[0].rpartition("-")
+    if not label or not threads.isdecimal():
+        raise UsageError(f"{printable(name)[:80]!r} is no name of an engine", fix="run build, parity and activate again")
+    return label, int(threads)
 
 
 def machine_key(runtime: str) -> str:
-    """Twelve digits for what an engine depends on: the runtime's version and the machine."""
-    entry = runtimes.REGISTRY.get(runtime)
-    version = None if entry is None else installed_version(entry.package)
-    return digest(to_json([runtime, version, Machine.probe().identity]))[:12]
+    """Twelve digits for what an engine depends on: the runtime's version and the machine. Whatever makes an engine stale has to
+    change them, for the next one is built beside it."""
+    place = runtimes.place(runtime) if runtime in runtimes.REGISTRY else None
+    return digest(to_json([runtime, place, Machine.probe().identity]))[:12]
 
 
 def _parity(engine: Artifact) -> dict[str, Any]:
@@ -142,5 +183,5 @@ def _precision(engine: Artifact, model: Artifact) -> dict[str, Any]:
 
 
 def _model_of(root: Path, id: str, engine: Artifact) -> Artifact:
-    label = engine.folder.name.rsplit("-", 2)[0]
+    label, _ = origin(engine.folder.name)
     return read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)

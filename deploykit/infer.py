@@ -91,7 +91,8 @@ def load(path: str | os.PathLike[str]) -> Network:
 
 
 def open_current(root: Path) -> Opened:
-    """Load the engine of the current release. Raises UsageError when there is none, or it cannot be loaded here."""
+    """Load the engine of the current release. Raises UsageError when there is none, or it has to be built again first,
+    CapabilityError where its runtime is not there any more."""
     id = slots.current(root)
     if id is None:
         raise UsageError(f"{printable(root)} has no current release", fix="activate one")
@@ -104,11 +105,28 @@ def open_current(root: Path) -> Opened:
         if engine.identity != running.identity:
             why = "it is another one than was activated"
             raise UsageError(f"the engine {running.engine} cannot be used", why=why, fix="run parity and activate again")
-        session = runtimes.get(str(engine.facts["runtime"])).load(engine)
+        session = _opened(root, id, engine)
     except BaseException:
         os.close(held)
         raise
     return Opened(id, engine, session, held)
+
+
+def rebuild_command(root: Path) -> str:
+    """What has to be run on this device when an engine is stale."""
+    half = root / slots.CURRENT / "device.pyz"
+    return f"`python3 {printable(half)} recover --rebuild --root {printable(root)}`"
+
+
+def _opened(root: Path, id: str, engine: Artifact) -> Session:
+    name = str(engine.facts["runtime"])
+    runtime = runtimes.get(name)
+    if why := runtimes.why_not(name):
+        raise CapabilityError(f"the release {id} cannot run here", why=why, fix=runtimes.REGISTRY[name].install)
+    found = runtimes.preflight(engine)
+    if found != runtimes.LOADS:
+        raise UsageError(f"the engine {engine.folder.name} does not load here", why=found, fix=f"run {rebuild_command(root)}")
+    return runtime.load(engine)
 
 
 def answer(opened: Opened, array: NDArray[Any]) -> NDArray[Any] | Tensors:

@@ -10,7 +10,7 @@ from typing import Any
 import tomllib
 
 from deploykit import bundle, runtimes
-from deploykit.artifact import MANIFEST, Artifact, read_artifact
+from deploykit.artifact import MANIFEST, read_artifact
 from deploykit.errors import UsageError, printable
 from deploykit.jsonable import to_json
 
@@ -57,14 +57,8 @@ def _artifact(folder: Path) -> dict[str, Any]:
     found = read_artifact(folder)
     facts = to_json(found)
     assert isinstance(facts, dict)
-    preflight = {"here": _preflight(found)} if runtimes.is_engine(found) else {}
+    preflight = {"here": runtimes.preflight(found)} if runtimes.is_engine(found) else {}
     return {"kind": f"artifact of stage {found.stage}, every file as published", **preflight, **facts}
-
-
-def _preflight(engine: Artifact) -> str:
-    """Whether an engine loads on this machine, by its manifest."""
-    reasons = runtimes.why_stale(engine)
-    return f"rebuild needed because {'; and '.join(reasons)}" if reasons else "loads here"
 
 
 def _bundle(path: Path) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deploykit.errors import UsageError, printable, translating_os_errors
+from deploykit.errors import DeploykitError, UsageError, printable, translating_os_errors
 
 PARTIAL = ".partial"
 STALE = ".stale"
 UNFINISHED = (PARTIAL, STALE)
 LOCK = ".lock"
+_RESERVE_BYTES = 16 << 20
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -59,6 +60,17 @@ def why_not_writable(path: Path) -> str:
     except OSError as error:
         return (error.strerror or str(error)).lower()
     return "" if os.access(path.parent, os.W_OK) else f"there is no right to write in {printable(path.parent)}"
+
+
+def require_space(root: Path, needed: int) -> None:
+    """Raise DeploykitError when the disk of `root`, which need not be there yet, has not so many bytes free and some to spare."""
+    place = root
+    while not place.exists():
+        place = place.absolute().parent
+    free = shutil.disk_usage(place).free
+    if free < needed + _RESERVE_BYTES:
+        why = f"{(needed + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        raise DeploykitError(f"there is too little space in {printable(root)}", why=why, fix="collect-garbage, or a larger disk")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The watchdog of releases on trial: a systemd timer that runs `recover` at every start and every few seconds.
 
-It runs the device half of the release that is current, by the same Python. Without systemd nothing is installed, and whoever
+Where that was allowed, another one runs `recover --rebuild` once after every start: a start is what follows an update of JetPack.
+Both run the device half of the release that is current, by the same Python. Without systemd nothing is installed, and whoever
 asked is told what has to be run instead.
 
 This module runs on devices: standard library only, Python 3.10.
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploykit import publish
@@ -23,18 +24,17 @@ _RUNNING = Path("/run/systemd/system")  # is there when systemd is the one that 
 _TOOL = "systemctl"
 _SYSTEM = Path("/etc/systemd/system")
 _SERVICE = """[Unit]
-Description=deploykit: go back from a release of {root} that was not confirmed
+Description=deploykit: {does}
 
 [Service]
 Type=oneshot
 ExecStart={command}
 """
 _TIMER = """[Unit]
-Description=deploykit: watch over releases of {root}
+Description=deploykit: {does}
 
 [Timer]
-OnBootSec=5
-OnUnitActiveSec={every}
+{when}
 AccuracySec=1
 
 [Install]
@@ -44,29 +44,47 @@ WantedBy=timers.target
 
 @dataclass(frozen=True)
 class Watchdog:
-    """What watches: the timer's unit, or why there is none and which command has to be run instead."""
+    """What watches: the timer's unit, or why there is none, and the command that it runs or that has to be run instead. The
+    last two are the same of what builds stale engines again; None where that was not asked for, or has no unit."""
 
     unit: str | None
     why_not: str
     command: str
+    rebuild_unit: str | None = None
+    rebuild_command: str | None = None
 
 
-def install(root: Path, half: Path, *, running: Path = _RUNNING, system: Path = _SYSTEM) -> Watchdog:
+def install(root: Path, half: Path, *, rebuild: bool = False, running: Path = _RUNNING, system: Path = _SYSTEM) -> Watchdog:
     """Install and start the timer for `root`; `half` is the device half that it runs. The same again changes nothing.
 
+    With `rebuild` another timer builds stale engines again; one that is there already stays in any case.
     Raises UsageError for a root that a unit file cannot name, DeploykitError when systemd refuses.
     """
     root = root.absolute()
-    words = [sys.executable, str(half.absolute()), "recover", "--root", str(root)]
-    command = " ".join(_quoted(word) for word in words)
+    words = [sys.executable, str(half.absolute()), "recover"]
+    place = ["--root", str(root)]
+    command = " ".join(_quoted(word) for word in (*words, *place))
+    rebuilding = " ".join(_quoted(word) for word in (*words, "--rebuild", *place)) if rebuild else None
+    found = Watchdog(None, "", command, rebuild_command=rebuilding)
     if not running.is_dir():
-        return Watchdog(None, "systemd does not run here", command)
+        return replace(found, why_not="systemd does not run here")
     if os.geteuid() != 0:
-        return Watchdog(None, "only root installs a unit for the whole system", command)
-    name = f"deploykit-{_escaped(str(root).strip('/'))}"
+        return replace(found, why_not="only root installs a unit for the whole system")
+    escaped, named = _escaped(str(root).strip("/")), str(root).replace("%", "%%")
+    when = f"OnBootSec=5\nOnUnitActiveSec={EVERY_S}"
+    unit = _timer(system, f"deploykit-{escaped}", f"go back from a release of {named} that is not confirmed", command, when)
+    if rebuilding is None:
+        return replace(found, unit=unit)
+    # The prefix is another one, not the end: "-rebuild" would be the unit of a folder of that name.
+    name, does = f"deploykit_rebuild-{escaped}", f"build engines of {named} again that an update has made stale"
+    return replace(found, unit=unit, rebuild_unit=_timer(system, name, does, rebuilding, "OnBootSec=30"))
+
+
+def _timer(system: Path, name: str, does: str, command: str, when: str) -> str:
+    """Write a service and the timer that starts it, where they are not there as they are to be, and enable the timer."""
     texts = {
-        f"{name}.service": _SERVICE.format(root=str(root).replace("%", "%%"), command=command),
-        f"{name}.timer": _TIMER.format(root=str(root).replace("%", "%%"), every=EVERY_S),
+        f"{name}.service": _SERVICE.format(does=does, command=command),
+        f"{name}.timer": _TIMER.format(does=does, when=when),
     }
     with translating_os_errors("write", system):
         changed = [unit for unit, text in texts.items() if not _is(system / unit, text)]
@@ -75,7 +93,7 @@ def install(root: Path, half: Path, *, running: Path = _RUNNING, system: Path = 
     if changed:
         _systemctl(["daemon-reload"])
     _systemctl(["enable", "--now", f"{name}.timer"])
-    return Watchdog(f"{name}.timer", "", command)
+    return f"{name}.timer"
 
 
 def _is(path: Path, text: str) -> bool:

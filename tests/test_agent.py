@@ -10,17 +10,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from test_bundle import RECIPE, allowed, expect_wrong_answers, ssh_key, tiny_run
 
-from deploykit import agent, artifact, infer, slots
+from deploykit import agent, artifact, engines, infer, rebuild, runtimes, slots
 from deploykit.artifact import Samples
 from deploykit.bundle import device_half, pack
 from deploykit.errors import UsageError
-from deploykit.gate import Verdict
+from deploykit.gate import GateResult, Verdict
 from deploykit.slots import Moment
 
 NO_GATE = RECIPE.replace('gate = ["latency <= 500 ms"]', "gate = []")
@@ -384,6 +386,158 @@ class TestGoingBack:
             code, said = device(verb, third["id"])
             assert (code, said["error"]["what"]) == (2, f"the release {second['id']} is on trial")
         assert [device("status")[1][name] for name in ("current", "previous")] == [second["id"], first["id"]]
+
+
+class TestAfterAnUpdateOfTheDevice:
+    """The runtime is another version than the engine was built by: the former one is pretended."""
+
+    @pytest.fixture
+    def before(self, deploy, device, root, monkeypatch) -> Callable[..., str]:
+        """The release of a bundle, deployed before the update; its latency budget counts as kept."""
+
+        def run(bundle: Path, *words: object) -> str:
+            with monkeypatch.context() as former:
+                former.setattr(onnxruntime, "__version__", "1.0")
+                former.setattr(runtimes, "installed_version", lambda package: "1.0")
+                code, said = deploy(bundle, *words)
+                if code == 2:
+                    id = device("install", bundle)[1]["id"]
+                    change_checked(root, id, latency={"verdict": "pass", "processes": 2, "queries": 3})
+                    code, said = device("activate", id)
+            assert code == 0, said
+            return str(said["id"])
+
+        return run
+
+    def test_load_and_status_say_what_to_run_and_that_builds_the_engine_again(self, before, device, bundles, root, tmp_path):
+        id = before(bundles["adds"])
+        old = slots.read_health(root, id).running.engine
+        np.save(tmp_path / "pixels.npy", PIXELS)
+
+        code, said = device("infer", tmp_path / "pixels.npy")
+        assert code == 2
+        assert said["error"]["why"].startswith("rebuild needed because it was built by onnxruntime 1.0, and ")
+        assert said["error"]["fix"] == f"run `python3 {root}/current/device.pyz recover --rebuild --root {root}`"
+        assert device("status")[1]["engines"][id] == f"{said['error']['why']}; {said['error']['fix']}"
+        assert device("recover")[1] == {"done": [], "current": id, "exit_code": 0}
+        code, said = device("recover", "--rebuild")
+
+        assert code == 0
+        (rebuilt,) = said["rebuilt"]
+        assert (rebuilt["id"], rebuilt["left"], rebuilt["built"], rebuilt["activated"]) == (id, old, True, True)
+        assert rebuilt["engine"] == slots.read_health(root, id).running.engine != old
+        assert device("status")[1]["engines"] == {id: "loads here"}
+        assert device("infer", tmp_path / "pixels.npy")[1]["answer"] == (2 * PIXELS).tolist()
+
+    def test_where_every_engine_loads_nothing_is_done(self, before, device, bundles, root):
+        before(bundles["adds"])
+        device("recover", "--rebuild")
+        after = content(root)
+
+        assert device("recover", "--rebuild")[1]["rebuilt"] == []
+
+        assert content(root) == after
+
+    def test_the_way_back_is_built_again_too(self, before, device, bundles, root, tmp_path):
+        first, second = before(bundles["adds"]), before(bundles["multiplies"])
+        np.save(tmp_path / "pixels.npy", PIXELS)
+
+        assert [rebuilt["id"] for rebuilt in device("recover", "--rebuild")[1]["rebuilt"]] == [second, first]
+
+        assert device("infer", tmp_path / "pixels.npy")[1]["answer"] == (PIXELS * PIXELS).tolist()
+        device("rollback")
+        assert device("infer", tmp_path / "pixels.npy")[1]["answer"] == (2 * PIXELS).tolist()
+
+    def test_deploying_the_same_again_builds_it_again(self, before, deploy, bundles, root):
+        id = before(bundles["adds"])
+
+        assert deploy(bundles["adds"])[1]["activated"] is True
+
+        infer.open_current(root).close()
+        assert slots.current(root) == id
+
+    def test_an_engine_that_answers_wrong_does_not_run(self, before, device, bundles, root, monkeypatch):
+        id = before(bundles["adds"])
+        other = device("install", bundles["multiplies"])[1]["id"]
+        wrong = artifact.read_artifact(root / "releases" / other / "models" / "onnxruntime-fp32")
+        build = rebuild.builder.build
+        monkeypatch.setattr(rebuild.builder, "build", lambda model, *words, **more: build(wrong, *words, **more))
+        golden = root / "releases" / id / "models" / "onnxruntime-fp32" / "samples.npz"
+        monkeypatch.setattr(build.__globals__["shutil"], "copyfile", lambda source, to: Path(to).write_bytes(golden.read_bytes()))
+        old = slots.read_health(root, id).running
+
+        code, said = device("recover", "--rebuild")
+
+        assert (code, said["rebuilt"][0]["parity"]["verdict"], said["rebuilt"][0]["activated"]) == (3, "fail", False)
+        assert slots.read_health(root, id).running == old
+        assert device("recover", "--rebuild")[1]["rebuilt"][0]["built"] is False
+
+    @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("fail", 3), ("cannot tell", 5)])
+    def test_a_latency_budget_has_to_be_kept_again_measured_as_before(
+        self, before, device, root, tmp_path, monkeypatch, verdict, code
+    ):
+        id = before(packed(tmp_path, release=1, recipe=RECIPE))
+        asked: list[dict[str, Any]] = []
+        report = SimpleNamespace(engine=lambda label: SimpleNamespace(median_ns=1.0), doubts=[])
+        monkeypatch.setattr(engines.benchmark, "benchmark", lambda found, **settings: asked.append(settings) or report)
+        judged = GateResult("latency <= 500 ms", Verdict(verdict), None, None, "")
+        monkeypatch.setattr(engines.latency_judge, "judge", lambda rule, report, label: judged)
+
+        found, said = device("recover", "--rebuild")
+
+        assert (found, said["rebuilt"][0]["activated"]) == (code, code == 0)
+        assert said["rebuilt"][0]["latency"]["verdict"] == verdict
+        assert (asked[0]["processes"], asked[0]["queries"]) == (2, 3)
+        assert (device("status")[1]["engines"][id] == "loads here") is (code == 0)
+
+    def test_while_a_release_is_on_trial_nothing_is_built(self, before, device, bundles):
+        before(bundles["adds"])
+        id = before(bundles["multiplies"], "--confirm-within", "600")
+
+        code, said = device("recover", "--rebuild")
+
+        assert (code, said["error"]["what"]) == (2, f"the release {id} is on trial")
+        device("confirm")
+        assert device("recover", "--rebuild")[0] == 0
+
+    def test_a_runtime_that_is_gone_is_named_with_what_to_install(self, before, device, bundles, tmp_path, monkeypatch):
+        id = before(bundles["adds"])
+        monkeypatch.setitem(sys.modules, "deploykit.runtimes.onnxruntime", None)
+
+        assert device("infer", tmp_path / "pixels.npy")[1]["error"]["fix"] == runtimes.REGISTRY["onnxruntime"].install
+        assert device("recover", "--rebuild")[0] == 4
+        assert "no onnxruntime here" in device("status")[1]["engines"][id]
+
+    def test_whatever_a_power_cut_leaves_of_it_it_ends_the_same(self, before, device, bundles, root, tmp_path, monkeypatch):
+        """The root is copied in front of every call that gives a name or syncs: that is what a kill there leaves."""
+        id = before(bundles["adds"])
+        kept: list[Path] = []
+
+        def keeping(call: Callable[..., Any]) -> Callable[..., Any]:
+            def copy_first(*words: Any) -> Any:
+                kept.append(shutil.copytree(root, tmp_path / f"cut {len(kept)}", symlinks=True))
+                return call(*words)
+
+            return copy_first
+
+        with monkeypatch.context() as cutting:
+            cutting.setattr(Path, "rename", keeping(Path.rename))
+            cutting.setattr(os, "fsync", keeping(os.fsync))
+            assert device("recover", "--rebuild")[0] == 0
+        outcomes = []
+        for cut in kept:
+            running = slots.read_health(cut, id).running
+            shutil.rmtree(root)
+            cut.rename(root)
+            outcomes.append(device("status")[1]["engines"][id] == "loads here")
+            assert slots.read_health(root, id).running == running
+            assert device("recover", "--rebuild")[0] == 0
+            np.testing.assert_array_equal(infer.load(root / "current")(PIXELS), 2 * PIXELS)
+            assert [path for path in root.rglob("*") if path.name.endswith((".partial", ".stale"))] == []
+
+        assert len(kept) > 10
+        assert outcomes == sorted(outcomes)
+        assert set(outcomes) == {False, True}
 
 
 class TestTheRuntime:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,11 +421,34 @@ class TestTheWatchdog:
 
         assert units == [r"deploykit-opt-a\x2db.timer", "deploykit-opt-a-b.timer", r"deploykit-opt-\xc3\xa4\x20b.timer"]
 
+    def test_what_builds_stale_engines_again_is_another_one_that_runs_once_after_every_start(self, tmp_path, monkeypatch):
+        if os.geteuid() != 0:
+            pytest.skip("wants to be root")
+        monkeypatch.setattr(watchdog, "_systemctl", lambda words: None)
+
+        found = watchdog.install(Path("/opt/a b"), Path("/opt/device.pyz"), rebuild=True, running=tmp_path, system=tmp_path)
+
+        assert (found.unit, found.rebuild_unit) == (r"deploykit-opt-a\x20b.timer", r"deploykit_rebuild-opt-a\x20b.timer")
+        assert found.rebuild_command is not None
+        assert found.rebuild_command.endswith('"recover" "--rebuild" "--root" "/opt/a b"')
+        service = (tmp_path / r"deploykit_rebuild-opt-a\x20b.service").read_text()
+        assert f"ExecStart={found.rebuild_command}\n" in service
+        assert "OnUnitActiveSec" not in (tmp_path / found.rebuild_unit).read_text()
+        assert watchdog.install(Path("/opt/a b"), Path("/opt/device.pyz"), running=tmp_path, system=tmp_path).rebuild_unit is None
+        assert (tmp_path / found.rebuild_unit).is_file()
+
     def test_without_systemd_it_says_what_to_run_instead(self, root, tmp_path):
         found = watchdog.install(root, root / "device.pyz", running=tmp_path / "nothing")
 
         assert (found.unit, found.why_not) == (None, "systemd does not run here")
         assert "recover" in found.command
+        assert found.rebuild_command is None
+
+    def test_deploying_can_ask_for_the_one_that_builds_without_a_trial(self, bundles, how):
+        done = to_local(bundles["adds"], replace(how, rebuild=True))
+
+        assert done.activated
+        assert "--rebuild" in done.answers["watch"]["rebuild_command"]
 
 
 class TestWhatADeviceSays:

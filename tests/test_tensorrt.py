@@ -24,10 +24,12 @@ import onnx.parser
 import pytest
 from fake_cuda import ILLEGAL_ADDRESS, INVALID_VALUE, OUT_OF_MEMORY, FakeCuda, Faults
 from fake_tensorrt import World, installed
+from test_bundle import RECIPE, tiny_run
 from trt_bindings import VERSIONS
 
-from deploykit import artifact, build, inspect, recipe, runtimes
+from deploykit import agent, artifact, build, engines, infer, recipe, runtimes
 from deploykit.artifact import Artifact, Format, Precision, Preprocess, Samples, TensorSpec
+from deploykit.bundle import pack
 from deploykit.crosscheck import Said, pairing, sides, stress
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
 from deploykit.jsonable import to_json
@@ -426,13 +428,13 @@ class TestLoading:
         engine = engine_of(gpu("10.3.0")[0], tiny, networks.made(tmp_path / "engine"))
         engine.path.unlink()
         assert runtimes.why_stale(engine) == []
-        assert inspect._preflight(engine) == "loads here"
+        assert runtimes.preflight(engine) == "loads here"
         _, world = gpu("10.9.0.34", cuda=FakeCuda(name="NVIDIA H200", capability=(9, 0)))
 
         found = runtimes.why_stale(engine)
 
         assert found == ["an engine of TensorRT 10.3.0 does not run on 10.9.0.34", "the compute capability is another one"]
-        assert inspect._preflight(engine) == f"rebuild needed because {'; and '.join(found)}"
+        assert runtimes.preflight(engine) == f"rebuild needed because {'; and '.join(found)}"
         assert {"cudaMalloc", "cudaStreamCreateWithFlags", "Runtime()"}.isdisjoint(world.cuda.faults.called)
 
     def test_its_manifest_tells_the_board_the_profile_and_the_graph(self, gpu, tiny, tmp_path, monkeypatch):
@@ -489,6 +491,42 @@ class TestLoading:
 
         with pytest.raises(UsageError, match="does not say where it was built"):
             runtime.load(replace(engine, facts={"runtime": "tensorrt"}))
+
+
+class TestOnADevice:
+    def test_an_engine_that_an_update_of_jetpack_made_stale_is_built_again_when_that_is_asked_for(self, gpu, tmp_path, capsys):
+        root, pixels = tmp_path / "device", np.ones((1, 2, 2), np.float32)
+        text = RECIPE.replace('gate = ["latency <= 500 ms"]', "") + '[build]\nruntimes = ["tensorrt"]\n'
+        bundle = pack.pack(tiny_run(tmp_path / "run", recipe=text), tmp_path / "net.bundle", release=1).path
+
+        def device(verb: str, *words: object) -> dict[str, Any]:
+            code = agent.run([verb, *map(str, words), "--root", str(root)])
+            said: dict[str, Any] = json.loads(capsys.readouterr().out)
+            assert code == 0, said
+            return said
+
+        gpu("10.3.0")
+        id = device("install", bundle)["id"]
+        for verb in ("build", "parity", "activate"):
+            old = device(verb, id)["engine"]
+        gpu("10.13.3.9")
+        with pytest.raises(UsageError, match=r"(?s)rebuild needed because an engine of TensorRT 10.3.0 .*recover --rebuild"):
+            infer.load(root / "current")
+
+        (rebuilt,) = device("recover", "--rebuild")["rebuilt"]
+
+        assert (rebuilt["left"], rebuilt["built"], rebuilt["activated"]) == (old, True, True)
+        assert rebuilt["engine"] != old
+        net = infer.load(root / "current")
+        np.testing.assert_array_equal(net(pixels), 2 * pixels)
+        net.close()
+
+    def test_another_gpu_is_another_engine_even_where_no_tool_names_it(self, gpu):
+        gpu(cuda=FakeCuda(name="Orin"))
+        before = engines.machine_key("tensorrt")
+        gpu(cuda=FakeCuda(name="Thor", capability=(11, 0)))
+
+        assert engines.machine_key("tensorrt") != before
 
 
 class TestSession:

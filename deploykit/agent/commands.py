@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from deploykit import artifact, benchmark, bundle, engines, infer, lease, runtimes, slots, watchdog
-from deploykit import build as builder
+from deploykit import artifact, bundle, engines, infer, lease, publish, rebuild, slots, watchdog
 from deploykit.agent.answer import Answer, probe
-from deploykit.artifact import read_artifact
-from deploykit.benchmark import judge
 from deploykit.bundle import Manifest, archive, incoming
-from deploykit.errors import CapabilityError, DeploykitError, UsageError, printable
-from deploykit.gate import EXIT_CODES, Verdict, parse_rule, worst
-from deploykit.jsonable import to_json
+from deploykit.errors import UsageError, printable
+from deploykit.gate import EXIT_CODES, Verdict, worst
 from deploykit.slots import Moment
 
 SIGNERS = "allowed_signers"
-_RESERVE_BYTES = 16 << 20
-_BUILD_COPIES = 4  # the engine, its golden samples, and what the optimizer writes on the way
+_REBUILD = "build engines again that an update of this device has made stale, and run with them where they pass the gates"
 _TOP = 5
 
 
@@ -63,7 +57,7 @@ def _install(asked: argparse.Namespace, path: Path, files: archive.Files | None)
         recovered = slots.recover(root, Moment.now())
         manifest = opened.manifest
         _refuse_other(root, manifest, asked.allow_downgrade)
-        _require_space(root, sum(blob.size for blob in manifest.files.values()))
+        publish.require_space(root, sum(blob.size for blob in manifest.files.values()))
         is_new = slots.install(root, manifest.id, lambda folder: _fill(folder, opened))
         if not is_new and manifest.release > _check_release(root, manifest.id).release:
             slots.note_number(root, manifest.id, manifest.release)
@@ -92,7 +86,7 @@ def missing(asked: argparse.Namespace) -> Answer:
         lacking = incoming.lacking(root, manifest)
         if not slots.release_folder(root, manifest.id).is_dir():
             coming = sum(blob.bytes - blob.part for blob in lacking)
-            _require_space(root, coming + sum(blob.size for blob in manifest.files.values()))
+            publish.require_space(root, coming + sum(blob.size for blob in manifest.files.values()))
     return Answer({"missing": lacking})
 
 
@@ -116,8 +110,8 @@ def hold_lease(asked: argparse.Namespace) -> Answer:
 
 def watch(asked: argparse.Namespace) -> Answer:
     """Install the watchdog that goes back from a release which is not confirmed; where systemd is."""
-    found = watchdog.install(asked.root, asked.root / slots.CURRENT / bundle.DEVICE_HALF)
-    return Answer({"unit": found.unit, "why_not": found.why_not, "command": found.command})
+    found = watchdog.install(asked.root, asked.root / slots.CURRENT / bundle.DEVICE_HALF, rebuild=asked.rebuild)
+    return Answer(vars(found))
 
 
 def build(asked: argparse.Namespace) -> Answer:
@@ -128,19 +122,9 @@ def build(asked: argparse.Namespace) -> Answer:
         # An engine can take an hour, and the root is held meanwhile: nobody could confirm the release on trial or leave it.
         slots.refuse_during_trial(root, id)
         manifest = _check_release(root, id)
-        label = _label(manifest, asked.model)
-        runtime, model = label.partition("-")[0], read_artifact(slots.release_folder(root, id) / bundle.MODELS / label)
-        _require_space(root, _BUILD_COPIES * model.path.stat().st_size)
-        key = engines.machine_key(runtime)
-        final = root / slots.ENGINES / id / f"{label}-{asked.threads}-{key}"
-        found = artifact.find(final, key)
-        if found is None:
-            _refuse_replacing(root, id, final)
-            slots.make_folder(final.parent)
-        made = found or artifact.make(final, key, lambda folder: builder.build(model, runtime, folder, threads=asked.threads))
-    return Answer(
-        {"id": id, "engine": final.name, "built": found is None, "sha256": made.sha256, "bytes": made.path.stat().st_size}
-    )
+        engine, is_new = rebuild.built(root, id, rebuild.label(manifest, asked.model), asked.threads)
+    facts = {"id": id, "engine": engine.folder.name, "built": is_new, "sha256": engine.sha256}
+    return Answer({**facts, "bytes": engine.path.stat().st_size})
 
 
 def check_parity(asked: argparse.Namespace) -> Answer:
@@ -148,13 +132,9 @@ def check_parity(asked: argparse.Namespace) -> Answer:
     root, id = asked.root, asked.id
     with slots.exclusive(root):
         slots.recover(root, Moment.now())
-        _require_space(root, 0)
+        publish.require_space(root, 0)
         engine = engines.find(root, id, asked.engine)
-        health = slots.read_health(root, id)
-        found = health.checked.get(engine.folder.name)
-        if found is None or found["identity"] != engine.identity:
-            found = engines.judged(root, id, engine)
-            engines.keep(root, id, engine, found)
+        found = engines.judge(root, id, engine)
     verdicts = [Verdict(found[part]["verdict"]) for part in ("parity", "precision")]
     return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[worst(verdicts)])
 
@@ -166,16 +146,8 @@ def measure(asked: argparse.Namespace) -> Answer:
         slots.recover(root, Moment.now())
         slots.refuse_during_trial(root, id)
         manifest, engine = _check_release(root, id), engines.find(root, id, asked.engine)
-        _require_space(root, 0)
-        found = engines.proven(root, id, engine)
-        settings = {"processes": asked.processes, "queries": asked.queries, "warmup": 5, "seed": 0}
-        report = benchmark.benchmark({id: engine}, **settings, offline_batches=[1], offline_seconds=0.0)
-        gates = [judge.judge(parse_rule(text), report, id) for text in manifest.gate]
-        latency = {"median_ns": report.engine(id).median_ns, "doubts": report.doubts, "gates": gates, "rules": manifest.gate}
-        verdict = worst([gate.verdict for gate in gates])
-        # Without a rule nothing was asked, and what was asked for nothing passes.
-        found = {**found, "latency": to_json({**latency, "verdict": verdict or Verdict.PASS})}
-        engines.keep(root, id, engine, found)
+        publish.require_space(root, 0)
+        found, verdict = engines.measure(root, id, engine, manifest.gate, processes=asked.processes, queries=asked.queries)
     return Answer({"id": id, "engine": engine.folder.name, **found}, EXIT_CODES[verdict])
 
 
@@ -189,7 +161,7 @@ def activate(asked: argparse.Namespace) -> Answer:
             return Answer({"id": id, "activated": False})
         _refuse_other(root, manifest, asked.allow_downgrade)
         slots.refuse_during_trial(root, id)
-        _require_space(root, 0)
+        publish.require_space(root, 0)
         engine = engines.checked(root, id, asked.engine)
         found = engines.proven(root, id, engine)
         verdicts = engines.verdicts(id, found, manifest)
@@ -226,16 +198,26 @@ def confirm(asked: argparse.Namespace) -> Answer:
 
 def status(asked: argparse.Namespace) -> Answer:
     """What is current, previous, installed and on trial."""
-    found = slots.status(asked.root, Moment.now())
+    root = asked.root
+    found = slots.status(root, Moment.now())
     ids = [id for id in (found["current"], found["previous"]) if id is not None]
-    numbers = {id: _manifest(asked.root, id).release for id in ids}
-    return Answer({**found, "release_numbers": numbers, "lease": lease.holder(asked.root, Moment.now())})
+    numbers = {id: _manifest(root, id).release for id in ids}
+    told = {"release_numbers": numbers, "engines": {id: rebuild.preflight(root, id) for id in ids}}
+    return Answer({**found, **told, "lease": lease.holder(root, Moment.now())})
 
 
 def recover(asked: argparse.Namespace) -> Answer:
-    """Finish or undo what was interrupted; go back where a trial was not confirmed in time."""
-    with slots.exclusive(asked.root):
-        return Answer({"done": slots.recover(asked.root, Moment.now()), "current": slots.current(asked.root)})
+    """Finish or undo what was interrupted; go back where a trial was not confirmed in time; --rebuild: build stale engines."""
+    root = asked.root
+    with slots.exclusive(root):
+        done, ids = slots.recover(root, Moment.now()), [slots.current(root), slots.previous(root)]
+        answer: dict[str, Any] = {"done": done, "current": ids[0]}
+        if not asked.rebuild:
+            return Answer(answer)
+        stale = rebuild.stale(root, [id for id in ids if id is not None])
+        rebuilt = {id: rebuild.rebuilt(root, _check_release(root, id)) for id in stale}
+    told = [{"id": id, "why": stale[id], **facts} for id, (facts, _) in rebuilt.items()]
+    return Answer({**answer, "rebuilt": told}, EXIT_CODES[worst(verdict for _, verdict in rebuilt.values() if verdict)])
 
 
 def collect_garbage(asked: argparse.Namespace) -> Answer:
@@ -322,42 +304,6 @@ def _is_downgrade(root: Path, manifest: Manifest) -> bool:
     return running is not None and manifest.release < _manifest(root, running).release
 
 
-def _refuse_replacing(root: Path, id: str, final: Path) -> None:
-    """An engine that answers right now is not built over: between two renames there would be none."""
-    if final.exists() and slots.current(root) == id:
-        raise UsageError(f"the engine {final.name} of the current release is damaged", fix="roll back, then build it again")
-
-
-def _label(manifest: Manifest, asked: str | None) -> str:
-    """Which graph of a bundle to build: the one that was named, or the only one whose runtime is here."""
-    if asked is not None:
-        if asked not in manifest.models:
-            raise UsageError(f"the bundle has no graph {asked!r}", why=f"it has {', '.join(manifest.models) or 'none'}")
-        return asked
-    why = {
-        label: runtimes.why_not(label.partition("-")[0])
-        for label in manifest.models
-        if label.partition("-")[0] in runtimes.REGISTRY
-    }
-    able = [label for label, reason in why.items() if not reason]
-    if not able:
-        problems = [f"{label}: {reason}" for label, reason in why.items()]
-        raise CapabilityError("no graph of the bundle can be built here", problems=problems)
-    if len(able) > 1:
-        raise UsageError(f"several graphs can be built here: {', '.join(able)}", fix="name one with --model")
-    return able[0]
-
-
-def _require_space(root: Path, needed: int) -> None:
-    place = root
-    while not place.exists():
-        place = place.absolute().parent
-    free = shutil.disk_usage(place).free
-    if free < needed + _RESERVE_BYTES:
-        why = f"{(needed + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
-        raise DeploykitError(f"there is too little space in {printable(root)}", why=why, fix="collect-garbage, or a larger disk")
-
-
 def _signers(asked: argparse.Namespace) -> Path | None:
     """Whose signatures are taken: the file that was named, or the one that lies in the root; None: nobody is asked for."""
     named: Path | None = asked.signers
@@ -410,22 +356,23 @@ def parser() -> argparse.ArgumentParser:
     command = verb("lease", hold_lease)
     command.add_argument("--owner", required=True, help="who deploys, as others are told")
     command.add_argument("--seconds", type=_seconds, default=lease.SECONDS, help="longest time without a sign of life")
-    verb("watch", watch)
+    verb("watch", watch).add_argument("--rebuild", action="store_true", help=f"after every start, {_REBUILD}")
     command = verb("build", build, id=True)
     command.add_argument("--model", help="which graph, where several can be built here")
     command.add_argument("--threads", type=_natural, default=0, help="threads of a CPU engine; 0 takes all cores")
     verb("parity", check_parity, id=True).add_argument("--engine", help="which engine, where there are several")
     command = verb("benchmark", measure, id=True)
     command.add_argument("--engine", help="which engine, where there are several")
-    command.add_argument("--processes", type=_natural, default=10)
-    command.add_argument("--queries", type=_natural, default=30)
+    for name, usual in rebuild.MEASURED.items():
+        command.add_argument(f"--{name}", type=_natural, default=usual)
     command = verb("activate", activate, id=True)
     command.add_argument("--engine", help="which engine, where there are several")
     command.add_argument("--confirm-within", type=_seconds, metavar="SECONDS", help="go back unless it is confirmed in time")
     command.add_argument("--allow-downgrade", action="store_true", help="take a lower release number than runs here")
     verb("confirm", confirm).add_argument("id", nargs="?", help="identity of the release that is to be on trial")
-    for name, does in (("rollback", rollback), ("status", status), ("recover", recover)):
+    for name, does in (("rollback", rollback), ("status", status)):
         verb(name, does)
+    verb("recover", recover).add_argument("--rebuild", action="store_true", help=_REBUILD)
     verb("collect-garbage", collect_garbage)
     verb("infer", infer_file).add_argument("file", type=Path, help="a .npy array, or a picture where Pillow is installed")
     return found

@@ -47,6 +47,7 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--confirm-within", "confirm_within_s", type=click.FloatRange(0), metavar="SECONDS", help="Go back unless confirmed."
 )
+@click.option("--rebuild", is_flag=True, help="The device may build the engine again when an update there made it stale.")
 @click.option("--allow-downgrade", is_flag=True, help="Take a lower release number than runs there.")
 @click.option("--model", help="Which graph, where several can be built there.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Threads of a CPU engine; 0: all cores.")
@@ -263,10 +264,16 @@ def _short(id: Any) -> str:
 
 
 def _status_line(said: dict[str, Any]) -> str:
+    from deploykit.runtimes import LOADS
+
     numbers = said.get("release_numbers") or {}
     current, trial, held = said.get("current"), said.get("trial"), said.get("lease")
     words = [f"runs {_short(current)}" + (f" (release {numbers[current]})" if current in numbers else "")]
     words.append(f"can go back to {_short(said.get('previous'))}")
+    engines = said.get("engines")
+    why = engines.get(current) if isinstance(engines, dict) else None
+    if why not in (None, LOADS):
+        words.append(str(why))
     if trial:
         words.append(f"on trial for {trial.get('seconds_left')} s more")
     if held:
@@ -293,6 +300,8 @@ def _told(done: Deployed) -> str:
     if watch is not None and not watch.get("unit"):
         lines.append(f"  no watchdog: {printable(watch.get('why_not', ''))}; run this at every start and every minute:")
         lines.append(f"    {printable(watch.get('command', ''))}")
+        if watch.get("rebuild_command"):
+            lines.append(f"  and this once after every start: {printable(watch['rebuild_command'])}")
     return "\n".join(lines)
 
 

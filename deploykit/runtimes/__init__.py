@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from deploykit.artifact import Artifact, Format, Samples, Tensors
 from deploykit.errors import CapabilityError, UsageError
-from deploykit.machine import cpu_features, has_int8_dot_product
+from deploykit.jsonable import JSON
+from deploykit.machine import cpu_features, has_int8_dot_product, installed_version
 from deploykit.progress import Progress, silent
 
 Cpu = Literal["this", "any", "arm64"]
 _ARM64 = ("aarch64", "arm64")  # what Linux and what macOS call it
 
 
+LOADS = "loads here"  # what a preflight says of an engine that need not be built again
 SLOW = "int8 is slower than float on this machine"  # why a layer is kept in float
 
 
@@ -296,6 +298,28 @@ def why_stale(engine: Artifact) -> list[str]:
     if version != engine.tools.get(name):
         problems.append(f"it was built by {name} {engine.tools.get(name)}, and {version} is here")
     return problems
+
+
+def preflight(engine: Artifact) -> str:
+    """Whether an engine loads on this machine, in words, by its manifest alone."""
+    reasons = why_stale(engine)
+    return f"rebuild needed because {'; and '.join(reasons)}" if reasons else LOADS
+
+
+def place(name: str) -> JSON:
+    """What an engine of a runtime depends on here beside the machine: the library's version, and the GPU that it would run on."""
+    entry = REGISTRY[name]
+    version = installed_version(entry.package)
+    if version is not None and entry.on_cpu:
+        return version
+    try:
+        module = get(name)
+    except CapabilityError:
+        return version
+    # Packages of a GPU's or a board's maker may come without metadata, or under another name.
+    version = version or getattr(sys.modules[entry.package], "__version__", None)
+    found: Callable[[], JSON] | None = getattr(module, "gpu", None)
+    return version if found is None else [version, found()]
 
 
 def run(session: Session, inputs: Tensors) -> Tensors:

@@ -138,6 +138,14 @@ def why_stale(engine: Artifact) -> list[str]:
     return _checked(engine, cudart.load())[0]
 
 
+def gpu() -> JSON:
+    """What an engine depends on of the GPU here; None where there is none."""
+    if cudart.why_not():
+        return None
+    device = cudart.load().device()
+    return [device.name, list(device.compute_capability), device.multiprocessors]
+
+
 def why_not() -> str:
     """Why no engine can be built or run on this machine; empty when it can."""
     version = trt.__version__
