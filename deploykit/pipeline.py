@@ -555,6 +555,7 @@ def _require_target(recipe: Recipe) -> None:
         float_type=recipe.build.float_type,
         dla_core=recipe.tensorrt.dla_core,
         opset=recipe.export.opset,
+        jetpack=recipe.build.jetpack,
     )
     if problems:
         raise CapabilityError(f"{board.title} cannot run what the recipe asks for", problems=problems)

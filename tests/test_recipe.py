@@ -104,7 +104,7 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     content.pop("gate", None)
     for key in ("name", "root"):
         content.get("data", {}).pop(key, None)
-    for key in ("float_type", "float32", "keep"):
+    for key in ("float_type", "float32", "jetpack", "keep"):
         content.get("build", {}).pop(key, None)
     content.get("quantize", {}).pop("cpu", None)
     for key in ("mode", "cache_features", "views"):
@@ -450,6 +450,11 @@ class TestContradictions:
             (
                 {"tensorrt": {"dla_core": 0}, "build": {"runtimes": ["tensorrt"]}},
                 "tensorrt.dla_core with batches [1, 1, 32]: a DLA core runs one size; set export.batch to a number",
+            ),
+            (
+                {"build": {"runtimes": ["tensorrt"], "jetpack": "6.1"}},
+                "build.jetpack = '6.1' is about TensorRT on build.target (--target): set both, with \"tensorrt\" in "
+                "build.runtimes, or leave it out",
             ),
             (
                 {"tensorrt": {"gpu_fallback": False}, "build": {"runtimes": ["tensorrt"]}},

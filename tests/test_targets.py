@@ -284,13 +284,44 @@ class TestRefusals:
         assert "it has none; Xavier, Orin NX and AGX Orin have" in self.told("orin-nano", dla_core=0)[0]
         assert self.told("agx-orin", dla_core=2) == ["NVIDIA Jetson AGX Orin 64GB has no DLA core 2: it has 2, counted from 0"]
 
-    def test_q_dq_does_not_run_on_a_dla_core_of_jetpack_6_and_fp16_does(self):
+    def test_fp16_runs_on_a_dla_core_of_jetpack_6(self):
         assert self.told("agx-orin", dla_core=1, int8=False) == []
-        assert self.told("orin-nx", dla_core=1) == [
-            "TensorRT 10.3.0 of JetPack 6.1 does not take Q/DQ on a DLA core: FP16 alone runs there"
-        ]
-        assert self.told("agx-orin", dla_core=1) == []  # with JetPack 7.2.2
         assert "a DLA core computes in FP16 or INT8" in self.told("agx-orin", dla_core=1, int8=False, float_type="fp32")[0]
+
+    def test_q_dq_does_not_and_what_does_it_is_named(self):
+        oldest = "TensorRT 10.3.0 of JetPack 6.1, the oldest that builds these graphs for the board,"
+
+        assert self.told("agx-orin", dla_core=1) == [
+            f"{oldest} runs FP16 alone on DLA cores, no Q/DQ; JetPack 7.2.2 (TensorRT 11.4.1) does what is asked: "
+            'build.jetpack = "7.2.2" says that the board has it'
+        ]
+        assert self.told("orin-nx", dla_core=1) == [
+            f"{oldest} runs FP16 alone on DLA cores, no Q/DQ; no other JetPack for NVIDIA Jetson Orin NX 16GB does more"
+        ]
+
+    def test_the_jetpack_that_is_named_decides_and_no_other_one(self):
+        assert self.told("agx-orin", dla_core=1, jetpack="7.2.2") == []
+        assert self.told("agx-orin", dla_core=1, jetpack="6.1")[0].startswith("TensorRT 10.3.0 of JetPack 6.1 runs FP16 alone")
+        assert self.told("agx-orin", dla_core=1, int8=False, jetpack="7.2") == [
+            "TensorRT 10.16 of JetPack 7.2 does not use DLA cores; JetPack 6.1 (TensorRT 10.3.0) or JetPack 7.2.2 "
+            '(TensorRT 11.4.1) does what is asked: build.jetpack = "7.2.2" says that the board has it'
+        ]
+        assert self.told("orin-nano", opset=21, jetpack="7.2") == []
+
+    def test_a_jetpack_that_does_not_run_there_or_builds_nothing_is_refused(self):
+        assert self.told("orin-nano", jetpack="7.2.2")[0].startswith("JetPack 7.2.2 does not run on NVIDIA Jetson Orin Nano")
+        assert self.told("t4", jetpack="6.1") == ["JetPack 6.1 does not run on NVIDIA T4: it is no Jetson"]
+        assert "TensorRT 8.6.2 of JetPack 6.0 does not take precision from the graph" in self.told("agx-orin", jetpack="6.0")[0]
+
+    def test_only_the_releases_that_do_what_is_asked_are_told_to_be_needed(self):
+        def able(**asked: Any) -> list[str]:
+            wanted = {"int8": True, "dla_core": None, "opset": 19, "jetpack": None} | asked
+            return [release.jetpack for release in jetpack.able(targets.find("agx-orin"), **wanted)]
+
+        assert able() == ["6.1", "7.2", "7.2.2"]
+        assert able(dla_core=0, int8=False) == ["6.1", "7.2.2"]
+        assert able(dla_core=0) == ["7.2.2"]
+        assert able(jetpack="7.2") == ["7.2"]
 
 
 class TestExportingForABoard:

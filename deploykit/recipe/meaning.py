@@ -104,6 +104,11 @@ def _contradictions_of_training(table: FinetuneTable) -> Iterator[str]:
 
 def _contradictions_of_tensorrt(recipe: Recipe) -> Iterator[str]:
     table, fixed = recipe.tensorrt, recipe.export.batch
+    if recipe.build.jetpack is not None and (recipe.build.target is None or "tensorrt" not in recipe.build.runtimes):
+        yield (
+            f"build.jetpack = {recipe.build.jetpack!r} is about TensorRT on build.target (--target): set both, with "
+            '"tensorrt" in build.runtimes, or leave it out'
+        )
     if "tensorrt" not in recipe.build.runtimes:
         changed = [item.name for item in fields(table) if getattr(table, item.name) != item.default]
         for name in changed:

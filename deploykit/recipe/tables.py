@@ -239,6 +239,10 @@ class BuildTable:
         "the board that it is meant for, by name (`deploykit targets`) or as a TOML file; what it cannot run is refused at once",
         None,
     )
+    jetpack: str | None = setting(
+        "the JetPack release on that board, such as 7.2.2; absent: it has to work with the oldest that builds our engines",
+        None,
+    )
     engine: Literal["auto", "require", "skip"] = setting(
         "auto: build where this machine can, say so where not; require: else exit 4; skip: portable files only", "auto"
     )

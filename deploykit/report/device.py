@@ -89,16 +89,22 @@ def _paragraph(recipe: Recipe, missing: Sequence[Engine], linted: Mapping[str, M
     if asked := recipe.left_to_the_device:
         said.append(f"The device is asked for {' and '.join(map(str, asked))} before it switches.")
     if recipe.build.target is not None:
-        said.append(_board(recipe.build.target))
+        said.append(_board(recipe, recipe.build.target))
     return " ".join(said)
 
 
-def _board(name: str) -> str:
+def _board(recipe: Recipe, name: str) -> str:
     board = find(name)
-    releases = jetpack.building(board)
-    if not releases:
+    if not jetpack.building(board):
         return f"{board.title} takes TensorRT 10.3 or later, with its Python package."
-    brought = " or ".join(f"JetPack {each.jetpack} (TensorRT {each.tensorrt}, Python {each.python})" for each in releases)
+    dla_core, opset = recipe.tensorrt.dla_core, recipe.export.opset
+    releases = jetpack.able(board, int8=recipe.quantize is not None, dla_core=dla_core, opset=opset, jetpack=recipe.build.jetpack)
+    brought = " or ".join(
+        f"JetPack {each.jetpack} (TensorRT {each.tensorrt}{f', Python {each.python}' if each.python else ''})"
+        for each in releases
+    )
+    if dla_core is not None:
+        return f"{board.title} needs {brought}; others do not run this on a DLA core."
     return f"{board.title} needs {brought}; older releases cannot take precision from the graph."
 
 

@@ -117,28 +117,45 @@ def building(target: Target) -> list[Release]:
     return [release for release in of(target) if abilities(release.tensorrt).strongly_typed]
 
 
-def refusals(target: Target, *, int8: bool, float_type: str, dla_core: int | None, opset: int) -> list[str]:
-    """Why an engine that is asked for cannot be built on a board, each reason; none when its oldest release that builds does it.
+def able(target: Target, *, int8: bool, dla_core: int | None, opset: int, jetpack: str | None) -> list[Release]:
+    """The releases that build what is asked for, oldest first: all that do, or of the one that was named."""
+    found = [release for release in building(target) if jetpack in (None, release.jetpack)]
+    found = [release for release in found if abilities(release.tensorrt).opset >= opset]
+    return found if dla_core is None else [release for release in found if _runs_on_dla(release, int8)]
 
-    Raises CapabilityError when none of its releases builds our engines.
+
+def refusals(
+    target: Target, *, int8: bool, float_type: str, dla_core: int | None, opset: int, jetpack: str | None = None
+) -> list[str]:
+    """Why an engine that is asked for cannot be built on a board, each reason.
+
+    `jetpack` is the release on the board; where none is named it has to be one that the oldest that builds these graphs does,
+    for nobody said that the board has another. Raises CapabilityError when none of its releases builds our engines.
     """
     if target.kind != "gpu":
         return [f"{target.title} runs no TensorRT: it has no GPU that is known here; --to onnxruntime or openvino"]
     require_builds(target)
+    if jetpack is not None and jetpack not in target.jetpack:
+        runs = f"those that do are {', '.join(target.jetpack)}" if target.is_jetson else "it is no Jetson"
+        return [f"JetPack {jetpack} does not run on {target.title}: {runs}"]
     found = []
     if int8 and not target.has_int8:
         found.append(f"{target.title} has no int8 kernels (compute capability {target.compute_capability}): FP16 is what it has")
     if float_type == "bf16" and float(target.compute_capability or 0) < _BF16_SINCE:
         found.append(f"{target.title} has no bfloat16: that came with compute capability {_BF16_SINCE}")
     releases = building(target)
-    if releases and opset > (most := min(abilities(release.tensorrt).opset for release in releases)):
-        found.append(f"TensorRT {releases[0].tensorrt} of JetPack {releases[0].jetpack} reads opset {most} at most, not {opset}")
+    chosen = next((release for release in releases if jetpack in (None, release.jetpack)), None)
+    if releases and chosen is None:
+        older = f"TensorRT {RELEASES[jetpack or ''].tensorrt} of JetPack {jetpack}"
+        return [*found, f"{older} does not take precision from the graph; {_named(releases)} does"]
+    if chosen is not None and opset > (most := abilities(chosen.tensorrt).opset):
+        found.append(f"TensorRT {chosen.tensorrt} of JetPack {chosen.jetpack} reads opset {most} at most, not {opset}")
     if dla_core is not None:
-        found += _dla_refusals(target, releases, int8, float_type, dla_core)
+        found += _dla_refusals(target, chosen, int8, float_type, dla_core, is_named=jetpack is not None)
     return found
 
 
-def _dla_refusals(target: Target, releases: Sequence[Release], int8: bool, float_type: str, core: int) -> list[str]:
+def _dla_refusals(target: Target, chosen: Release | None, int8: bool, float_type: str, core: int, *, is_named: bool) -> list[str]:
     cores = int(target.value("dla"))
     if core >= cores:
         has = f"it has {cores}, counted from 0" if cores else "it has none; Xavier, Orin NX and AGX Orin have"
@@ -146,13 +163,24 @@ def _dla_refusals(target: Target, releases: Sequence[Release], int8: bool, float
     found = []
     if float_type != "fp16":
         found.append(f'a DLA core computes in FP16 or INT8, and what stays float here is {float_type}: build.float_type = "fp16"')
-    able = [release for release in releases if abilities(release.tensorrt).dla != "none"]
-    if not able:
-        found.append(f"no TensorRT that builds these graphs for {target.title} uses its DLA cores")
-    elif int8 and not any("int8" in abilities(release.tensorrt).dla for release in able):
-        named = ", ".join(f"{release.tensorrt} of JetPack {release.jetpack}" for release in able)
-        found.append(f"TensorRT {named} does not take Q/DQ on a DLA core: FP16 alone runs there")
-    return found
+    if chosen is None or _runs_on_dla(chosen, int8):
+        return found
+    does = "runs FP16 alone on DLA cores, no Q/DQ" if _runs_on_dla(chosen, int8=False) else "does not use DLA cores"
+    which = "" if is_named else ", the oldest that builds these graphs for the board,"
+    reason = f"TensorRT {chosen.tensorrt} of JetPack {chosen.jetpack}{which} {does}"
+    others = [release for release in building(target) if _runs_on_dla(release, int8)]
+    if not others:
+        return [*found, f"{reason}; no other JetPack for {target.title} does more"]
+    newest = others[-1].jetpack
+    return [*found, f'{reason}; {_named(others)} does what is asked: build.jetpack = "{newest}" says that the board has it']
+
+
+def _runs_on_dla(release: Release, int8: bool) -> bool:
+    return ("int8" if int8 else "fp16") in abilities(release.tensorrt).dla
+
+
+def _named(releases: Sequence[Release]) -> str:
+    return " or ".join(f"JetPack {release.jetpack} (TensorRT {release.tensorrt})" for release in releases)
 
 
 def require_builds(target: Target) -> None:
