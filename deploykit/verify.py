@@ -29,7 +29,6 @@ from deploykit.sources import NOISE
 # Answers that vary less than this share of the largest one are float rounding, not decisions.
 _CONSTANT = 1e-5
 _BATCH = 16
-_LISTED_FLIPS = 100
 _KINDS = (("the activation", "activations"), ("the weights of", "weights"))
 
 
@@ -277,7 +276,7 @@ def _as_json(case: Case, comparison: Comparison, conversion: Conversion | None, 
             "engine": name(flip.engine),
             "reference_margin": flip.reference_margin,
         }
-        for flip in comparison.flips[:_LISTED_FLIPS]
+        for flip in comparison.flips  # all of them: another run's are paired with these
     ]
     return {
         **_about(case, comparison.images, conversion),

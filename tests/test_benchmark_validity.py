@@ -257,6 +257,20 @@ class TestDoubts:
 
         assert run_of([*quiet(6), *disturbed]) == (f"a: 4 of 10 processes were disturbed: {cause} (50 % of the time)",)
 
+    def test_a_run_in_which_nothing_tells_whether_others_ran_is_not_valid(self):
+        blind = [timings.process("a", 1000, waited_ns=None, others_ns=None) for _ in range(10)]
+
+        assert run_of(blind) == (
+            "nothing tells whether other programs ran in 10 of 10 processes: here are neither the time that threads waited for a "
+            "core (schedstat) nor what others took of the cores (/proc/stat)",
+        )
+
+    @pytest.mark.parametrize("known", ["waited_ns", "others_ns"])
+    def test_one_of_the_kernels_two_accounts_of_neighbours_is_enough(self, known):
+        unknown = {"waited_ns": None, "others_ns": None, known: 0}
+
+        assert run_of([timings.process("a", 1000, **unknown) for _ in range(10)]) == ()
+
     def test_causes_that_are_each_rare_are_counted_together(self):
         hit = [timings.process("a", 1000, **{field: whole // 2}) for field, whole, *_ in CAUSES[:3] for _ in range(4)]
 

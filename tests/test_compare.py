@@ -6,13 +6,17 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import HOSTILE, Page, _open_in_frame, full_result
 
+from deploykit import parity, verify
+from deploykit.artifact import Precision
 from deploykit.errors import UsageError
 from deploykit.gate import paired_difference_interval
 from deploykit.report.compare import compare, load, render
@@ -27,6 +31,7 @@ def run(**latencies: list[int]) -> dict[str, Any]:
     for engine in found["benchmark"]["engines"]:
         medians = latencies.get(engine["label"].rpartition(" ")[2], [1000, 1001, 1002, 998, 999, 1000])
         engine["latency_ns"] = [[median] * 3 for median in medians]
+    found["parity"].append({**found["parity"][0], "label": FP32, "disagreements": [], "disagreement_count": 0})
     return found
 
 
@@ -151,6 +156,22 @@ class TestDecisions:
 
         assert int8(compare(*(runs[::-1] if swap else runs)))["accuracy"]["told"] == told
 
+    def test_of_hundreds_of_images_that_flipped_are_paired(self):
+        """A run keeps every flip; pages show the first of them."""
+        names = tuple(f"{number}.jpg" for number in range(540))
+        reference = np.eye(2)[[0] * 540]
+        run_of = []
+        for flipped in (150, 300):
+            compared = parity.compare(np.eye(2)[[1] * flipped + [0] * (540 - flipped)], reference, names, np.zeros(540, np.int64))
+            made, engine = run(), SimpleNamespace(precision=Precision.INT8)
+            case = verify.Case(INT8, engine, None, is_engine=True, model=engine)
+            made["parity"][0] = json.loads(json.dumps(verify._as_json(case, compared, None, str)))
+            run_of.append(made)
+
+        found = int8(compare(*run_of))["accuracy"]
+
+        assert (found["why"], found["lost"], found["told"]) == ([], pytest.approx(100 * 150 / 540), "worse")
+
     @few
     @given(st.lists(st.tuples(*[st.sampled_from("ab")] * 3), min_size=1, max_size=12))
     def test_lost_by_one_are_gained_by_the_other(self, answers):
@@ -215,6 +236,25 @@ class TestRuns:
     )
     def test_have_one_verdict_over_all_engines(self, fp32, int8_, verdict):
         assert compare(run(), run(fp32=[fp32] * 6, int8=[int8_] * 6))["verdict"] == verdict
+
+    @pytest.mark.parametrize(
+        ("int8_", "change", "verdict", "tone"),
+        [
+            (500, lambda b: None, "better", "pass"),
+            (500, lambda b: b["parity"][0].update(accuracy=None), "better (decisions not compared)", "unsure"),
+            (1000, lambda b: b["parity"][0].update(accuracy=None), "not to be told from A (decisions not compared)", "unsure"),
+            (2000, lambda b: b["parity"][0].update(accuracy=None), "worse (decisions not compared)", "fail"),
+            (500, lambda b: b.update(benchmark=None), "not to be told from A (latency not compared)", "unsure"),
+        ],
+    )
+    def test_that_are_compared_in_part_say_so_and_are_never_green(self, int8_, change, verdict, tone):
+        a, b = run(), run(int8=[int8_] * 6)
+        change(b)
+
+        found = compare(a, b)
+
+        assert found["verdict"] == verdict
+        assert f'class="verdict {tone}"' in render(a, b, found)
 
     def test_are_told_apart_by_what_changed_around_them(self):
         b = run()

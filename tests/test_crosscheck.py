@@ -446,6 +446,19 @@ class TestPictures:
         assert sum(3 * row["a"] for row in found["decisions"]["classes"]) == pytest.approx(12 * accuracy["a"])
         assert gate(found, "drop")["verdict"] == "pass"
 
+    def test_that_flip_are_named_the_first_on_the_terminal_and_all_in_the_json(self, tmp_path, photos, deploykit):
+        shape = ("n", 3, 32, 32)
+        one, other = (stranger(tmp_path / f"{scale}.onnx", shape=shape, scale=scale) for scale in (1, -1))
+
+        words = ("parity", one, other, "--data", photos, *PREPROCESS)
+        text, facts = deploykit(*words).out, json.loads(deploykit(*words, "--json").out)
+
+        flips = facts["decisions"]["disagreements"]
+        assert len(flips) == facts["decisions"]["disagreement_count"] == 12
+        lines = [f"{flip['image']}: {flip['a']} became {flip['b']}" for flip in flips]
+        assert [line in text for line in lines] == [True] * 5 + [False] * 7
+        assert "and 7 more: --json names them" in text
+
     def test_with_other_classes_than_there_are_outputs_are_refused(self, fp32, labelled, tmp_path):
         side = stranger(tmp_path / "theirs.onnx", shape=("n", 3, 32, 32))
         said = Said(preprocess={"crop": "32", "mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"})

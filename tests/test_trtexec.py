@@ -41,6 +41,12 @@ def file(tmp_path) -> Callable[..., Path]:
     return write
 
 
+def five(file: Callable[..., Path], *computes: float) -> list[str]:
+    """The words for five runs of one engine, a microsecond apart."""
+    runs = [file(f"{run}.json", *(compute + run / 1000 for compute in computes)) for run in range(5)]
+    return [word for path in runs for word in ("--times", f"int8={path}")]
+
+
 @pytest.fixture(scope="module")
 def engine(portable, tmp_path_factory) -> Artifact:
     folder = tmp_path_factory.mktemp("engine")
@@ -150,7 +156,7 @@ class TestTheCommand:
 
     @pytest.mark.parametrize(("limit", "code"), [(5, 0), (1, 3)])
     def test_five_runs_of_an_engine_are_judged(self, deploykit, file, limit, code):
-        words = [word for run in range(5) for word in ("--times", f"int8={file(f'{run}.json', 1.5 + run / 1000)}")]
+        words = five(file, 1.5)
 
         outcome = deploykit("benchmark", *words, "--gate", f"latency <= {limit} ms", "--json")
 
@@ -158,6 +164,22 @@ class TestTheCommand:
         assert outcome.code == told["exit_code"] == code
         assert [engine["label"] for engine in told["engines"]] == ["int8"]
         assert told["engines"][0]["median_ns"] == 1_502_000
+        assert told["gates"][0]["reason"].endswith("; measured elsewhere, of unknown conditions")
+
+    def test_they_are_of_no_known_machine_or_conditions(self, deploykit, file, tmp_path):
+        outcome = deploykit("benchmark", *five(file, 1.5), "--json", "--markdown", tmp_path / "times.md")
+
+        told = self.told(outcome)
+        assert (told["machine"], told["verdict"]) == (None, "of unknown conditions")
+        page = (tmp_path / "times.md").read_text()
+        assert "| machine | not known: measured elsewhere |" in page
+        assert "| cpu |" not in page
+
+    def test_runs_whose_queries_get_slower_are_invalid(self, deploykit, file):
+        outcome = deploykit("benchmark", *five(file, 1.5, 1.5, 1.8), "--gate", "latency <= 5 ms")
+
+        assert outcome.code == 5
+        assert "int8: queries get 20 % slower while a process runs (throttling?)" in " ".join(outcome.out.split())
 
     def test_a_percentile_is_stated_from_enough_queries_alone(self, deploykit, file):
         told = self.told(deploykit("benchmark", "--times", file("a.json", *[1.5] * 100), "--json"))

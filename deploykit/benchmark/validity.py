@@ -36,10 +36,11 @@ def doubts(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -
     """Every reason not to believe a run: `engines` by label, and all processes in the `order` in which they ran."""
     return (
         *_too_few(engines),
+        *_unseen([process.conditions for process in order]),
         *_disturbed(engines),
         *_clock([process.conditions for process in order]),
         *_throttled([process.conditions for process in order]),
-        *_drift_inside(engines),
+        *(doubt for label, ran in engines.items() for doubt in drift_inside(label, [process.latency_ns for process in ran])),
         *_drift_over_the_run(engines, order),
     )
 
@@ -59,6 +60,16 @@ def _too_few(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
     for label, processes in engines.items():
         if len(processes) < FEWEST_PROCESSES:
             yield f"{label}: {len(processes)} processes, and an interval takes at least {FEWEST_PROCESSES}"
+
+
+def _unseen(all_conditions: Sequence[Conditions]) -> Iterable[str]:
+    """Where neither account is kept, nobody looked for neighbours, and silence proves nothing."""
+    blind = sum(conditions.waited_ns is None and conditions.others_ns is None for conditions in all_conditions)
+    if blind:
+        yield (
+            f"nothing tells whether other programs ran in {blind} of {len(all_conditions)} processes: here are neither the time "
+            "that threads waited for a core (schedstat) nor what others took of the cores (/proc/stat)"
+        )
 
 
 def _disturbed(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
@@ -107,21 +118,20 @@ def _throttled(all_conditions: Sequence[Conditions]) -> Iterable[str]:
         yield f"the board throttled in {affected} of {len(all_conditions)} processes: {reasons[0]}"
 
 
-def _drift_inside(engines: Mapping[str, Sequence[Process]]) -> Iterable[str]:
-    """Queries of one process that get slower are throttled; ones that get faster were not warmed up."""
-    for label, processes in engines.items():
-        ratios = []
-        for process in processes:
-            third = len(process.latency_ns) // 3
-            if third:
-                ratios.append(statistics.median(process.latency_ns[-third:]) / statistics.median(process.latency_ns[:third]))
-        if not ratios:
-            continue
-        ratio = statistics.median(ratios)
-        if ratio > _DRIFT:
-            yield f"{label}: queries get {100 * (ratio - 1):.0f} % slower while a process runs (throttling?)"
-        elif ratio < 1 / _DRIFT:
-            yield f"{label}: queries get {100 * (1 / ratio - 1):.0f} % faster while a process runs (more warm-up is needed)"
+def drift_inside(label: str, processes: Iterable[Sequence[int]]) -> Iterable[str]:
+    """Queries of one process, in their order, that get slower are throttled; ones that get faster were not warmed up."""
+    ratios = [
+        statistics.median(queries[-third:]) / statistics.median(queries[:third])
+        for queries in processes
+        if (third := len(queries) // 3)
+    ]
+    if not ratios:
+        return
+    ratio = statistics.median(ratios)
+    if ratio > _DRIFT:
+        yield f"{label}: queries get {100 * (ratio - 1):.0f} % slower while a process runs (throttling?)"
+    elif ratio < 1 / _DRIFT:
+        yield f"{label}: queries get {100 * (1 / ratio - 1):.0f} % faster while a process runs (more warm-up is needed)"
 
 
 def _drift_over_the_run(engines: Mapping[str, Sequence[Process]], order: Sequence[Process]) -> Iterable[str]:

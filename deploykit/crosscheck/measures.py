@@ -103,7 +103,7 @@ def decisions(
                 "b": name(flip.engine),
                 "a_margin": flip.reference_margin if np.isfinite(flip.reference_margin) else None,
             }
-            for flip in comparison.flips[:100]
+            for flip in comparison.flips
         ],
         "accuracy": accuracy,
         "classes": _by_class(first.argmax(axis=1), second.argmax(axis=1), labels, name),

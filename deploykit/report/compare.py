@@ -80,7 +80,7 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     _refuse_strangers(a, b, labels)
     engines = [_engine(a, b, label) for label in labels]
     return {
-        "verdict": _verdict(told for engine in engines for told in (engine["latency"]["told"], engine["accuracy"]["told"])),
+        "verdict": _verdict(engines),
         "engines": engines,
         "changed": [*_changed(a, b)],
     }
@@ -110,6 +110,7 @@ def _engine(a: Result, b: Result, label: str) -> dict[str, Any]:
         "label": label,
         "latency": _latency(a, b, label),
         "accuracy": _accuracy(a, b, label),
+        "built": [bool(one.get("built")), bool(other.get("built"))],
         "bytes": [one.get("bytes"), other.get("bytes")],
         "int8": [None if not engine.get("realised") else _int8(engine) for engine in (one, other)],
     }
@@ -245,13 +246,18 @@ def _both(one: Mapping[str, _Flip], other: Mapping[str, _Flip], name: str) -> _F
     return label, one[name][2] if name in one else reference, other[name][2] if name in other else reference
 
 
-def _verdict(told: Iterator[str]) -> str:
-    found = set(told)
+def _verdict(engines: Sequence[Result]) -> str:
+    """What is told of all engines, and what was not compared of one that a run has built: half a comparison is no whole one."""
+    found = {engine[key]["told"] for engine in engines for _, key in _LOOKED_AT}
     if {_BETTER, _WORSE} <= found:
-        return "better in one way and worse in another"
-    return next(
-        (word for word in (_WORSE, _BETTER) if word in found), "not to be told from A" if _SAME in found else _NOT_COMPARED
-    )
+        words = "better in one way and worse in another"
+    else:
+        words = next((word for word in (_WORSE, _BETTER) if word in found), "not to be told from A" if _SAME in found else "")
+    built = [engine for engine in engines if any(engine["built"])]
+    missing = [what for what, key in _LOOKED_AT if any(engine[key]["told"] == _NOT_COMPARED for engine in built)]
+    if not words:
+        return _NOT_COMPARED
+    return f"{words} ({' and '.join(missing)} not compared)" if missing else words
 
 
 def _changed(a: Result, b: Result) -> Iterator[str]:
@@ -308,7 +314,9 @@ def _banner(found: Result) -> Markup:
         _BETTER: ("pass", "\N{CHECK MARK}"),
         _NOT_COMPARED: ("none", "\N{EN DASH}"),
     }
-    tone, symbol = tones.get(found["verdict"], ("unsure", "?"))
+    # Better as far as it was compared is not better; worse is worse, whatever was not compared.
+    word = found["verdict"]
+    tone, symbol = tones.get(_WORSE if word.startswith(f"{_WORSE} (") else word, ("unsure", "?"))
     lines = [f"{engine['label']}: {what} {engine[key]['told']}" for engine in found["engines"] for what, key in _LOOKED_AT]
     return element(
         "section",

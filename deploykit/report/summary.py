@@ -391,7 +391,11 @@ def _apart(row: Mapping[str, Any], found: Result) -> str:
     )
 
 
-def _machine(machine: Mapping[str, Any]) -> dict[str, str]:
-    named = {"cpu": f"{machine['cpu']} ({machine['arch']})", "cores": str(machine["cores"]), "system": machine["system"]}
+def _machine(machine: Mapping[str, Any] | None) -> dict[str, str]:
+    """What results were found on; None where times were measured elsewhere."""
+    if machine is None:
+        return {"machine": "not known: measured elsewhere"}
+    named = {"cpu": f"{machine['cpu']} ({machine['arch']})", "features": ", ".join(machine["features"]) or "none known"}
+    more = {"cores": str(machine["cores"]), "system": machine["system"]}
     gpu = {"gpu": str(machine["gpu"])} if machine["gpu"] else {}
-    return {**named, **gpu, "python": machine["python"], **machine["versions"]}
+    return {**named, **more, **gpu, "python": machine["python"], **machine["versions"]}

@@ -338,6 +338,7 @@ def _decided(found: Mapping[str, Any]) -> Iterator[Table | str]:
     if "parts" in found:
         where = units.plural(found["images"], "input")
         yield f"{units.decided_otherwise(found)} decided otherwise in {where} ({units.of_parts(found)})"
+        yield from _flipped(found, "{image}: {a}, {b} alike")
         return
     top5 = "" if found["top5_agreement"] is None else f", the same first five {100 * found['top5_agreement']:.2f} %"
     yield f"the same class first: {100 * found['agreement']:.2f} % of {units.plural(found['images'], 'input')}{top5}"
@@ -348,12 +349,21 @@ def _decided(found: Mapping[str, Any]) -> Iterator[Table | str]:
             f"accuracy: A {100 * accuracy['a']:.2f} %, B {100 * accuracy['b']:.2f} %, "
             f"lost {accuracy['drop_points']:.2f} points (95 % {low:.2f} to {high:.2f})"
         )
+    yield from _flipped(found, "{image}: {a} became {b}")
     if any(row["disagreement_count"] for row in found["classes"]):
         table = _table("", "class", "inputs", "decided otherwise", "A", "B")
         for row in sorted(found["classes"], key=lambda row: -row["disagreement_count"])[:_LISTED]:
             shares = ("" if row[side] is None else f"{100 * row[side]:.1f} %" for side in ("a", "b"))
             table.add_row(row["class"], str(row["images"]), str(row["disagreement_count"]), *shares)
         yield table
+
+
+def _flipped(found: Mapping[str, Any], line: str) -> Iterator[str]:
+    """The first images that are decided otherwise, and how many more there are."""
+    flips = found["disagreements"]
+    yield from (line.format(**flip) for flip in flips[:_LISTED])
+    if len(flips) > _LISTED:
+        yield f"and {len(flips) - _LISTED} more: --json names them"
 
 
 def _stages(stages: Iterable[Mapping[str, Any]]) -> Table:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deploykit.benchmark import trtexec
+from deploykit.benchmark import trtexec, validity
 from deploykit.benchmark.statistics import FEWEST_PROCESSES, median_interval, percentile_bound
 from deploykit.benchmark.trtexec import Times
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, GateResult, Rule, Timing, judge_time, worst
 from deploykit.jsonable import to_json
-from deploykit.machine import Machine
 
 _PERCENTILES = (90, 95, 99)
+# Who else ran on that machine, and what its clock did, is not in the files; nor is the machine, which may be another than this.
+_UNKNOWN = "of unknown conditions"
 
 
 def read(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Any]:
     """What the files of `names` hold, each `FILE` or `ENGINE=FILE`; files of one engine are processes of it.
 
-    Plain JSON values. Raises UsageError for files that are none, for one that is named twice, and for a rule about a slowdown:
-    two files say nothing about the noise between them, for nothing was measured twice in random order.
+    Plain JSON values; `machine` is None and `verdict` never `valid`, for the files name neither it nor who else ran there. A rule
+    is judged all the same, and its reason says so.
+
+    Raises UsageError for files that are none, for one that is named twice, and for a rule about a slowdown: two files say nothing
+    about the noise between them, for nothing was measured twice in random order.
     """
     wrong = [f"'{rule}' compares two engines" for rule in rules if rule.metric != "latency"]
     if wrong:
@@ -35,8 +40,8 @@ def read(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Any]:
         "metric": "trtexec",
         "engines": [_engine(label, found) for label, found in engines.items()],
         "warnings": doubts,
-        "verdict": f"invalid: {'; '.join(doubts)}" if doubts else "valid",
-        "machine": to_json(Machine.probe()),
+        "verdict": f"invalid: {'; '.join(doubts)}" if doubts else _UNKNOWN,
+        "machine": None,
         "gates": [to_json(gate) for gate in gates],
         "exit_code": EXIT_CODES[worst(gate.verdict for gate in gates)],
     }
@@ -60,6 +65,7 @@ def _doubts(label: str, found: Sequence[Times]) -> Iterator[str]:
     if len(found) < FEWEST_PROCESSES:
         runs = f"{len(found)} run{'s' * (len(found) > 1)} of trtexec"
         yield f"{label}: {runs}, and an interval takes at least {FEWEST_PROCESSES}: --times {label}=FILE for each"
+    yield from validity.drift_inside(label, [times.compute_ns for times in found])
 
 
 def _judged(rule: Rule, label: str, found: Sequence[Times]) -> GateResult:
@@ -67,7 +73,7 @@ def _judged(rule: Rule, label: str, found: Sequence[Times]) -> GateResult:
     low, high = median_interval([times.median_ns for times in found], seed=0)
     timing = Timing(middle / 1e6, (low / 1e6, high / 1e6), len(found), tuple(_doubts(label, found)))
     judged = judge_time(rule, timing)
-    return GateResult(f"{label}: {judged.rule}", judged.verdict, judged.observed, judged.interval, judged.reason)
+    return replace(judged, rule=f"{label}: {judged.rule}", reason=f"{judged.reason}; measured elsewhere, {_UNKNOWN}")
 
 
 def _engine(label: str, found: Sequence[Times]) -> dict[str, Any]:
