@@ -28,6 +28,7 @@ from deploykit.artifact import Artifact, write_manifest
 from deploykit.bisect import MARGIN, Bisection, bisect, command, graph, noise, text
 from deploykit.bisect.hooks import Watched
 from deploykit.errors import DeploykitError, UsageError
+from deploykit.machine import cpu_features
 
 FORMS = ("float", "onnxruntime", "tensorrt")
 INT8 = FORMS[1:]
@@ -707,6 +708,8 @@ class TestTheCommand:
         assert done.code == 0
         assert done.out.startswith("no layer of")
         assert "(8 images, 1 pass)" in done.out
+        assert done.out.splitlines()[-2] == "8 inputs: golden samples of A"
+        assert done.out.splitlines()[-1].endswith(f"({', '.join(cpu_features())})")
 
     def test_ends_with_3_and_names_the_layer_first(self, deploykit, artifacts, planted):
         broken = planted(artifacts[1].path, weights(SECOND, lambda values: -values))
@@ -741,6 +744,13 @@ class TestTheCommand:
             f"{SECOND} (Conv of module body.1.second.0) is the first beyond it; the weights"
         )
         assert [child.tag for child in prepared] == ["system-out"]
+        proof = failure.text.splitlines()[1]
+        assert proof.startswith("proof: with body.1.second.0/Conv as in the reference, SQNR at the output goes from")
+        facts = {
+            found.attrib["name"]: found.attrib["value"] for found in ElementTree.parse(tmp_path / "bisect.xml").iter("property")
+        }
+        assert facts["fed"] == "8 images: golden samples of A"
+        assert facts["features"] == ", ".join(cpu_features())
 
     def test_says_key_by_key_when_the_inputs_are_prepared_otherwise(self, deploykit, artifacts):
         done = deploykit("bisect", artifacts[0].folder, artifacts[1].folder)
@@ -781,14 +791,23 @@ class TestTheCommand:
     def test_takes_pictures(self, deploykit, artifacts, photos):
         done = deploykit("bisect", artifacts[0].path, artifacts[0].path, "--data", photos, "--images", 5, "--json")
 
-        assert json.loads(done.out)["images"] == 5
+        found = json.loads(done.out)
+        assert (found["images"], found["fed"]) == (5, {"origin": str(photos), "images": 5})
 
     def test_takes_noise_for_two_bare_files(self, deploykit, artifacts, planted):
         bare = planted(artifacts[0].path, lambda model: None)
 
         done = deploykit("bisect", bare, bare, "--json")
 
-        assert (done.code, json.loads(done.out)["images"]) == (0, 8)
+        found = json.loads(done.out)
+        assert (done.code, found["fed"]["images"], found["fed"]["origin"].partition(",")[0]) == (0, 8, "noise")
+
+    def test_names_nodes_of_the_reference_that_were_not_compared(self, deploykit, artifacts, planted):
+        lost = planted(artifacts[0].path, without("body.1.first.2/Relu"))
+
+        done = deploykit("bisect", artifacts[0].path, lost)
+
+        assert "not compared, as B has no tensor of theirs: body.1.first.2/Relu" in done.out
 
     def test_wants_to_know_how_pictures_are_prepared(self, deploykit, artifacts, planted, photos):
         bare = planted(artifacts[0].path, lambda model: None)

@@ -181,7 +181,7 @@ class TestARun:
         deploykit("run", folder / "recipe.toml", "--output", folder, "--junit", tmp_path / "gates.xml")
 
         found = {item.attrib["name"]: item.attrib["value"] for item in ElementTree.parse(tmp_path / "gates.xml").iter("property")}
-        assert {"cpu", "cores", "system", "torch", "onnxruntime", "seconds parity"} <= set(found)
+        assert {"cpu", "features", "cores", "system", "torch", "onnxruntime", "seconds parity"} <= set(found)
         assert found["benchmark"].startswith("invalid: ")
         assert float(found["seconds parity"]) >= 0
 

@@ -21,6 +21,7 @@ from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict
 from deploykit.intake import door
 from deploykit.jsonable import to_json
+from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compare(
             from deploykit.bisect.hooks import Watched
 
             network = stack.enter_context(Watched(model.module, graphs.read(reference.path)))
-        inputs = _inputs(reference, suspect, images, count)
+        inputs, origin = _inputs(reference, suspect, images, count)
         found = bisection.bisect(
             reference.path,
             suspect.path,
@@ -86,7 +87,9 @@ def compare(
     wrong = found.culprit is not None or bool(differences) or bool(found.failure)
     facts = cast("dict[str, Any]", to_json(found))
     code = EXIT_CODES[Verdict.FAIL] if wrong else 0
-    return {"a": printable(a), "b": printable(b), "runtime": runtime, **facts, "preprocessing": differences, "exit_code": code}
+    about = {"a": printable(a), "b": printable(b), "runtime": runtime, "fed": {"origin": origin, "images": len(inputs)}}
+    machine = to_json(Machine.probe())
+    return {**about, **facts, "preprocessing": differences, "machine": machine, "exit_code": code}
 
 
 def _side(path: Path) -> Side:
@@ -141,11 +144,13 @@ def _exported(name: str, weights: str, folder: Path) -> tuple[Side, Model]:
     return Side(made.path, None, model.preprocess), model
 
 
-def _inputs(a: Side, b: Side, folder: Path | None, count: int) -> NDArray[np.float32]:
-    """Network inputs (n, C, H, W)."""
+def _inputs(a: Side, b: Side, folder: Path | None, count: int) -> tuple[NDArray[np.float32], str]:
+    """Network inputs (n, C, H, W), and where they are from, in words."""
     if folder is None:
-        golden = a.samples if a.samples is not None else b.samples
-        return golden[:count] if golden is not None else _noise((_NOISE, *_shape(a.path)))
+        for label, samples in (("A", a.samples), ("B", b.samples)):
+            if samples is not None:
+                return samples[:count], f"golden samples of {label}"
+        return _noise((_NOISE, *_shape(a.path))), "noise, as no pictures were given and neither side brings samples"
     how = a.preprocess or b.preprocess
     if how is None:
         why = "neither graph lies in an artifact, whose manifest would say it"
@@ -153,7 +158,7 @@ def _inputs(a: Side, b: Side, folder: Path | None, count: int) -> NDArray[np.flo
             "nothing says how a picture becomes an input", why=why, fix="leave --data out, or name an artifact's folder"
         )
     pictures = data.folder(folder, labelled=False)
-    return np.concatenate([*pictures.take(range(min(count, len(pictures)))).batches(how, 64)])
+    return np.concatenate([*pictures.take(range(min(count, len(pictures)))).batches(how, 64)]), pictures.origin
 
 
 def _shape(path: Path) -> tuple[int, ...]:

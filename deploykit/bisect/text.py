@@ -16,7 +16,7 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
-    culprit, proof = found["culprit"], found["proof"]
+    culprit = found["culprit"]
     yield from (f"preprocessing differs: {difference}" for difference in found["preprocessing"])
     if found["failure"]:
         yield f"{found['b']} does not run: {found['failure'].splitlines()[0]}"
@@ -28,14 +28,21 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"  {hint}" for hint in found["hints"])
         channel = "" if culprit["channel"] is None else f", most in channel {culprit['channel']}"
         yield f"  its own error: {_own(culprit)}; explained: {culprit['explained_db']:.1f} dB{channel}"
-        yield f"  proof: {_proof(culprit, proof) if found['passes'] > 1 else 'not tried, ' + proof['why']}"
+        yield f"  {proof_of(found)}"
     others = [layer["node"] for layer in found["suspects"][1:]]
     if others:
         yield f"  also beyond, after it: {', '.join(others[:_LISTED])}{', ...' * (len(others) > _LISTED)}"
+    if found["missing"]:
+        named = ", ".join(found["missing"][:_LISTED]) + ", ..." * (len(found["missing"]) > _LISTED)
+        yield f"not compared, as B has no tensor of theirs: {named}"
     if found["runtime"] == "tensorrt":
         yield "on TensorRT, every tensor an output: nothing is fused across one, so these are not the kernels of an engine"
     yield ""
     yield from _table(sorted(found["layers"], key=lambda layer: -float(layer["excess_db"]))[:_LISTED])
+    yield ""
+    machine, fed = found["machine"], found["fed"]
+    yield f"{'1 input' if fed['images'] == 1 else str(fed['images']) + ' inputs'}: {fed['origin']}"
+    yield f"on {machine['cpu']} ({', '.join(machine['features']) or 'no CPU feature that decides about int8'})"
 
 
 def _images(found: Mapping[str, Any]) -> str:
@@ -43,9 +50,13 @@ def _images(found: Mapping[str, Any]) -> str:
     return f"{images}, {'1 pass' if found['passes'] == 1 else '2 passes'}"
 
 
-def _proof(culprit: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
+def proof_of(found: Mapping[str, Any]) -> str:
+    """What became of the output with the culprit alone as in the reference, in words; there has to be a culprit."""
+    culprit, proof = found["culprit"], found["proof"]
+    if found["passes"] == 1:
+        return f"proof: not tried, {proof['why']}"
     before, after = (_ratio(proof[key], "does not run") for key in ("before_db", "after_db"))
-    told = f"with {culprit['node']} as in the reference, SQNR at the output goes from {before} to {after}"
+    told = f"proof: with {culprit['node']} as in the reference, SQNR at the output goes from {before} to {after}"
     return f"{told}: {proof['why']}" if proof["why"] else told
 
 

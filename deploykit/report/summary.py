@@ -171,15 +171,15 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
 
 def of_bisect(found: Result, *, seconds: float) -> Summary:
     """What `bisect.command.compare` found in so many seconds: a gate for the layers, and one for how inputs are prepared."""
+    from deploykit.bisect import text as bisection  # here, as it brings ONNX Runtime, which is loaded only where this was asked
+
     culprit, images = found["culprit"], units.plural(found["images"], "image")
     status, reason, details = Status.PASS, f"no layer diverges beyond what its precision explains, on {images}", tuple[str, ...]()
     if culprit is not None:
         module = f" of module {culprit['module']}" if culprit["module"] else ""
         reason = "; ".join([f"{culprit['node']} ({culprit['op']}{module}) is the first beyond it", *found["hints"]])
-        status, details = (
-            Status.FAIL,
-            tuple(f"{layer['node']}: {layer['excess_db']:+.1f} dB beyond" for layer in found["suspects"]),
-        )
+        beyond = (f"{layer['node']}: {layer['excess_db']:+.1f} dB beyond" for layer in found["suspects"])
+        status, details = Status.FAIL, (bisection.proof_of(found), *beyond)
     elif found["failure"]:
         status, reason = Status.FAIL, f"B does not run: {found['failure'].splitlines()[0]}"
     differences = found["preprocessing"]
@@ -190,7 +190,10 @@ def of_bisect(found: Result, *, seconds: float) -> Summary:
         seconds=seconds / 2,
     )
     layers = Gate("every layer of B computes what that of A does", status, reason, details, seconds=seconds / 2)
-    return Summary("bisect", (layers, prepared), seconds, facts={"A": found["a"], "B": found["b"]})
+    fed = {"fed": f"{images}: {found['fed']['origin']}"}
+    return Summary(
+        "bisect", (layers, prepared), seconds, facts={"A": found["a"], "B": found["b"], **fed, **_machine(found["machine"])}
+    )
 
 
 def of_error(error: Exception, command: str) -> Summary:
