@@ -10,7 +10,7 @@ from torch import nn
 from deploykit.errors import UsageError
 from deploykit.models import Model
 from deploykit.models.ensemble import heads
-from deploykit.models.head import last_layer
+from deploykit.models.head import last_layers
 from deploykit.recipe import FinetuneTable
 
 
@@ -18,7 +18,8 @@ def head_of(model: Model, which: str) -> str:
     """The module path of the head: the last layer ("last"), or the outermost block of it that is not the whole network
     ("classifier").
 
-    Raises ModelError when no layer is as wide as the network's answer, UsageError when several members of an ensemble have one.
+    Raises ModelError when no layer is as wide as the network's answer, UsageError when several members of an ensemble have one,
+    or a distilled network has two that are in no block of their own.
     """
     if members := heads(model.module):
         raise UsageError(
@@ -26,9 +27,21 @@ def head_of(model: Model, which: str) -> str:
             why="their logits are averaged",
             fix="--arg combine=features, which has one head on all members, or finetune.mode = 'all'",
         )
-    name = last_layer(model)
-    if which == "last":
-        return name
+    names = last_layers(model)
+    blocks = {_block_of(model, name) for name in names}
+    if which == "last" and len(names) == 1:
+        return names[0]
+    if which == "classifier" and len(blocks) == 1:
+        return blocks.pop()
+    raise UsageError(
+        f"{model.name} has {len(names)} heads, {' and '.join(names)}",
+        why="its answer is their mean",
+        fix="finetune.mode = 'all'" + (", or finetune.head = 'classifier', which holds both" if len(blocks) == 1 else ""),
+    )
+
+
+def _block_of(model: Model, name: str) -> str:
+    """The outermost module that holds a layer and is not the whole network."""
     parts = name.split(".")
     everything = sum(1 for _ in model.module.parameters())
     for depth in range(1, len(parts)):

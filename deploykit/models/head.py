@@ -15,20 +15,24 @@ from deploykit.models.ensemble import heads
 if TYPE_CHECKING:
     from deploykit.models import Model
 
+_DISTILLED = "head_dist"
+
 
 def with_classes(model: Model, classes: Sequence[str], *, seed: int) -> Model:
     """The network with one output for each of `classes`; its module is changed in place.
 
     The head stays when it already answers for these classes: their names are the same, or only their number is known
-    and fits. Otherwise the last Linear or Conv2d that is as wide as the network's answer gets a new, seeded one in its place.
-    Raises ModelError when there is no such layer.
+    and fits. Otherwise the last Linear or Conv2d that is as wide as the network's answer gets a new, seeded one in its place,
+    and so does each of `last_layers` where there are several. Raises ModelError when there is no such layer.
     """
     if model.num_classes == len(classes) and model.classes in ((), tuple(classes)):
         return replace(model, classes=tuple(classes))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         # An ensemble that averages logits has a head in each of its members.
-        names = [_replaced(model, below, len(classes)) for below in heads(model.module) or ("",)]
+        names = [name for below in heads(model.module) or ("",) for name in last_layers(model, below)]
+        for name in names:
+            _replace(model, name, len(classes))
     note = (
         f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} new: {len(classes)} classes instead of {model.num_classes}"
     )
@@ -58,12 +62,24 @@ def last_layer(model: Model, below: str = "") -> str:
     return found[-1]
 
 
-def _replaced(model: Model, below: str, classes: int) -> str:
-    """Put a new layer in the place of the last one below a module; its name."""
-    name = last_layer(model, below)
+def last_layers(model: Model, below: str = "") -> list[str]:
+    """The module paths of the layers that answer: the last one, and in a distilled network of timm the one beside it.
+
+    Such a network (DeiT, LeViT, EfficientFormer, RepViT) has a second head that learned from a teacher, which timm always
+    calls head_dist, and its answer is the mean of both. Raises what `last_layer` raises.
+    """
+    last = last_layer(model, below)
+    parts = last.split(".")
+    if _DISTILLED not in parts:
+        return [last]
+    beside = ".".join("head" if part == _DISTILLED else part for part in parts)
+    return [beside, last] if any(name == beside for name, _ in model.module.named_modules()) else [last]
+
+
+def _replace(model: Model, name: str, classes: int) -> None:
+    """Put a new layer in the place of one."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.module.get_submodule(parent), attribute, _like(model.module.get_submodule(name), classes))
-    return name
 
 
 def _like(old: nn.Module, classes: int) -> nn.Module:
