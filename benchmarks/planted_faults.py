@@ -1,6 +1,7 @@
 """Faults planted into good engines: from which size on each kind is caught and named, and how often good engines alarm.
 
-usage: python benchmarks/planted_faults.py RUN --images PHOTOS [--pool AA_TRIALS.json] [--trials 6] [--clean 200] [--output DIR]
+usage: python benchmarks/planted_faults.py RUN --images PHOTOS [--pool AA_TRIALS.json] [--trials 6] [--clean 200] [--good RUN ...]
+           [--output DIR]
 
 RUN is the output folder of `deploykit export cifar_resnet20 --weights FILE --to onnxruntime --to tensorrt --int8 --calibrate
 PHOTOS`, PHOTOS a folder with a sub-folder for each class. A fault is planted into a copy of a graph, of an engine or of recorded
@@ -10,8 +11,11 @@ message that says which layer, which classes, which stale engine, which opset, w
 Faults with a magnitude are mutations: a layer and a channel drawn at random, the magnitude in steps over three decades. The
 detection limit of a kind is one step above the smallest magnitude from which on every trial of one half was caught and named;
 the other half says whether that holds. The benchmark's faults are planted into recorded processes of a quiet machine
-(`aa_trials.py`): from some process on the machine's clock is slower. Clean comparisons are of the same graphs and engines
-without a fault.
+(`aa_trials.py`): from some process on the machine's clock is slower.
+
+Clean comparisons are of graphs and engines without a fault, of RUN and of those that --good names, made the same way from other
+networks; each one is on pictures drawn for it alone, and those of answers have the rule `agreement >= 98 %` beside the gates that
+need none.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +46,7 @@ from deploykit.benchmark.report import BenchmarkReport, Process
 from deploykit.bisect import command as bisection
 from deploykit.crosscheck import Said, compare_two
 from deploykit.errors import DeploykitError
+from deploykit.gate import Rule, parse_rule
 from deploykit.machine import Machine
 
 IMAGES, SUBSETS = 16, 8
@@ -119,6 +125,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6, help="of each kind and magnitude; half of them set the limit")
     parser.add_argument("--steps", type=int, default=10, help="magnitudes of each kind, over three decades")
     parser.add_argument("--clean", type=int, default=200)
+    parser.add_argument(
+        "--good", type=Path, action="append", default=[], metavar="RUN", help="compare these without a fault, too"
+    )
     parser.add_argument("--only", action="append", help="these kinds alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -138,7 +147,8 @@ def main() -> None:
                 trials += _told(_each(kind, SINGLE[kind], material, arguments.trials))
             # A run of hours that is ended keeps what it found.
             write("planted_faults", {"trials": [asdict(trial) for trial in trials]}, arguments.output)
-        clean = [] if arguments.only else _told(_clean(material, pool, arguments.clean))
+        runs = [arguments.run.absolute(), *(run.absolute() for run in arguments.good)]
+        clean = [] if arguments.only else _told(_clean(material, runs, arguments.images, pool, arguments.clean))
     limits = {kind: _limit([trial for trial in trials if trial.kind == kind]) for kind in kinds}
     alarms = [trial for trial in clean if trial.caught]
     _summary(trials, limits, clean)
@@ -170,10 +180,12 @@ def bisected(a: Path, b: Path, images: Path, *needles: str) -> tuple[bool, bool,
     return found["exit_code"] == 3, any(needle in said for needle in needles), said
 
 
-def compared(a: str | Path, b: str | Path, images: Path | None, *needles: str) -> tuple[bool, bool, str]:
+def compared(
+    a: str | Path, b: str | Path, images: Path | None, *needles: str, rules: Sequence[Rule] = ()
+) -> tuple[bool, bool, str]:
     """The same of `deploykit parity A B`; a side that is refused is caught."""
     try:
-        found = compare_two(str(a), str(b), Said(), images=images)
+        found = compare_two(str(a), str(b), Said(), images=images, rules=rules)
     except DeploykitError as error:
         said = str(error).replace(f"{tempfile.gettempdir()}/", "")
         return True, any(needle in said for needle in needles), said
@@ -385,25 +397,44 @@ def _each(
             start = perf_counter()
 
 
-def _clean(at: Material, pool: Sequence[Mapping[str, Any]] | None, count: int) -> Iterator[Trial]:
-    """The same comparisons of the same engines, without a fault."""
-    export = at.run / EXPORT
-    pairs: list[tuple[str, Callable[[], tuple[bool, bool, str]]]] = [
-        ("parity, FP32 graph and its engine", lambda: compared(export, at.run / ENGINE_FP32, at.images)),
-        ("parity, INT8 graph and its engine", lambda: compared(at.run / INT8[0], at.run / ENGINE_INT8, at.images)),
-        ("parity, FP32 and INT8 engine", lambda: compared(export, at.run / ENGINE_INT8, at.images)),
-        ("parity, FP32 and TensorRT's graph", lambda: compared(export, at.run / INT8[1], at.images)),
-        ("bisect, ONNX Runtime's rules", lambda: bisected(export, at.run / INT8[0], at.images)),
-        ("bisect, TensorRT's rules", lambda: bisected(export, at.run / INT8[1], at.images)),
-        ("bisect, FP32", lambda: bisected(export, at.stranger(at.model(EXPORT)), at.images)),
+def _clean(
+    at: Material, runs: Sequence[Path], images: Path, pool: Sequence[Mapping[str, Any]] | None, count: int
+) -> Iterator[Trial]:
+    """Comparisons of engines without a fault, each on pictures of its own."""
+    rules = (parse_rule("agreement >= 98 %"),)
+
+    def parity(run: Path, pictures: Path, a: str, b: str) -> tuple[bool, bool, str]:
+        return compared(run / a, run / b, pictures, rules=rules)
+
+    def bisect(run: Path, pictures: Path, b: str) -> tuple[bool, bool, str]:
+        return bisected(run / EXPORT, run / b if b != EXPORT else _copy(run / EXPORT, at.scratch / "clean.onnx"), pictures)
+
+    pairs: list[tuple[str, Callable[[Path, Path], tuple[bool, bool, str]]]] = [
+        ("parity, FP32 graph and its engine", partial(parity, a=EXPORT, b=ENGINE_FP32)),
+        ("parity, INT8 graph and its engine", partial(parity, a=INT8[0], b=ENGINE_INT8)),
+        ("parity, FP32 and INT8 engine", partial(parity, a=EXPORT, b=ENGINE_INT8)),
+        ("parity, FP32 and TensorRT's graph", partial(parity, a=EXPORT, b=INT8[1])),
+        ("bisect, ONNX Runtime's rules", partial(bisect, b=INT8[0])),
+        ("bisect, TensorRT's rules", partial(bisect, b=INT8[1])),
+        ("bisect, FP32", partial(bisect, b=EXPORT)),
     ]
     if pool is not None:
-        pairs.append(("benchmark", lambda: throttled(pool, None, at.random)[1:]))
+        pairs.append(("benchmark", lambda run, pictures: throttled(pool, None, at.random)[1:]))
     for number in range(count):
         kind, ask = pairs[number % len(pairs)]
+        run = runs[number // len(pairs) % len(runs)]
+        pictures = _subset(images, at.scratch / f"clean{number}", at.random)
         start = perf_counter()
-        caught, _, said = ask()
-        yield Trial(kind, 0.0, "", caught, False, said[:600], perf_counter() - start)
+        caught, _, said = ask(run, pictures)
+        where = "" if kind == "benchmark" else str(read_artifact(run / EXPORT).facts.get("model", run.name))
+        yield Trial(kind, 0.0, where, caught, False, said[:600], perf_counter() - start)
+        shutil.rmtree(pictures)
+
+
+def _copy(graph: Path, path: Path) -> Path:
+    """The graph in a folder of a run as a file from elsewhere."""
+    shutil.copyfile(read_artifact(graph).path, path)
+    return path
 
 
 def _report(pool: Sequence[Mapping[str, Any]], random: np.random.Generator, slower: float) -> BenchmarkReport:

@@ -20,6 +20,7 @@ Aligned = Mapping[str, tuple[NDArray[np.floating], NDArray[np.floating]]]
 BOXES, LABELS, SCORES, MASKS, KEYPOINTS = "boxes", "labels", "scores", "masks", "keypoints"
 # Boxes with one label are the same where they overlap by half, as in PASCAL VOC (Everingham et al., IJCV 88, 2010, section 4.2).
 MATCHED_IOU = 0.5
+_SAME_PLACE = 0.01  # pixels
 _MASK = 0.5  # torchvision's masks are probabilities, and a pixel is inside from one half on
 _PADDING = -1  # the label of what is no box
 _RANKS = {BOXES: 2, LABELS: 1, SCORES: 1}
@@ -185,13 +186,17 @@ def matched(actual: Tensors, wanted: Tensors) -> NDArray[np.int64]:
 
 
 def overlaps(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Intersection over union of all boxes (n, 4) with all boxes (m, 4): (n, m). Of equal boxes it is 1, without area too."""
+    """Intersection over union of all boxes (n, 4) with all boxes (m, 4): (n, m).
+
+    Of boxes whose corners are at the same place, to a hundredth of a pixel, it is 1: clipped at the picture's edge they may have
+    no area, or one that rounding alone decides.
+    """
     a, b = first.astype(np.float64)[:, None], second.astype(np.float64)[None]
     sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
     inside = sides.prod(axis=-1)
     union = _area(a) + _area(b) - inside
     found: NDArray[np.float64] = np.divide(inside, union, out=np.zeros_like(inside), where=union > 0)
-    found[(a == b).all(axis=-1)] = 1
+    found[np.abs(a - b).max(axis=-1) <= _SAME_PLACE] = 1
     return found
 
 

@@ -396,7 +396,7 @@ class TestFitting:
         assert fit.spread([0.1] * 8 + [0.9, 0.8], ["a"] * 8 + ["b", "c"]) == 0.9
 
 
-def _copied(made: Artifact, folder: Path) -> Artifact:
+def copied(made: Artifact, folder: Path) -> Artifact:
     for file in made.folder.iterdir():
         shutil.copy(file, folder)
     return replace(made, path=folder / made.path.name)
@@ -407,7 +407,7 @@ class TestWhatAModelIs:
     def published(self, portable, tmp_path):
         """An artifact on disk with its manifest."""
         made = portable("residual")
-        return artifact.make(tmp_path / "model", "key", lambda folder: _copied(made, folder))
+        return artifact.make(tmp_path / "model", "key", lambda folder: copied(made, folder))
 
     def test_an_artifact_a_file_and_a_bundle_give_the_same_kernels(self, published, tmp_path):
         content = published.path.read_bytes()
@@ -449,36 +449,38 @@ class TestWhatABenchmarkKeeps:
     @pytest.fixture
     def engines(self, portable, tmp_path):
         """An engine in a run's folder, beside the graph that it was built from."""
-        model = artifact.make(tmp_path / "run/export-onnx", "key", lambda folder: _copied(portable("residual"), folder))
+        model = artifact.make(tmp_path / "run/export-onnx", "key", lambda folder: copied(portable("residual"), folder))
         built = artifact.make(tmp_path / "run/build", "key", lambda folder: build.build(model, "onnxruntime", folder))
         return {"a": built}
 
     @pytest.fixture
     def kept(self, engines, tmp_path):
         """A file of a board that is twice as slow as predicted."""
-        file = measured.File(tmp_path / "mine.json", ORIN)
+        file = measured.Keeper(measured.File(tmp_path / "mine.json"), ORIN)
         wanted = forecast.predict(graphs.of_engine(engines["a"]), ORIN)
         file.keep(timings.report({"a": [round(2 * wanted.latency_ns)] * 5}), engines)
         return file
 
     def test_a_prediction_for_the_device_follows_it(self, kept, engines):
         network = graphs.of_engine(engines["a"])
-        before, after = (forecast.predict(network, ORIN, measured=path) for path in (None, kept.path))
+        before, after = (forecast.predict(network, ORIN, measured=path) for path in (None, kept.file.path))
 
-        assert kept.count == 2  # one query alone, and one of a batch
+        assert kept.file.count == 2  # one query alone, and one of a batch
         assert after.calibrated
         assert after.latency_ns > 1.5 * before.latency_ns
 
     def test_the_file_says_what_the_device_is(self, kept):
-        assert forecast.target_of(None, measured=kept.path) == ORIN
+        assert forecast.target_of(None, measured=kept.file.path) == ORIN
 
     def test_it_is_not_taken_for_another_device(self, kept):
         with pytest.raises(UsageError, match="was measured on orin-nano-8gb, not on t4"):
-            measured.read(kept.path, targets.find("t4"))
+            measured.read(kept.file.path, targets.find("t4"))
 
     def test_a_run_that_was_disturbed_is_not_fitted(self, engines, tmp_path):
         with pytest.raises(UsageError, match="not valid"):
-            measured.File(tmp_path / "mine.json", ORIN).keep(timings.report({"a": [1000] * 5}, others_ns=10**9), engines)
+            measured.Keeper(measured.File(tmp_path / "mine.json"), ORIN).keep(
+                timings.report({"a": [1000] * 5}, others_ns=10**9), engines
+            )
 
         assert not (tmp_path / "mine.json").exists()
 
@@ -486,7 +488,7 @@ class TestWhatABenchmarkKeeps:
         shutil.rmtree(tmp_path / "run/export-onnx")
 
         with pytest.raises(UsageError, match="is not beside it"):
-            measured.File(tmp_path / "mine.json", ORIN).check(engines)
+            measured.Keeper(measured.File(tmp_path / "mine.json"), ORIN).check(engines)
 
     @pytest.mark.parametrize("words", [("--scenario", "multi-stream"), ("--metric", "instructions"), ("--instances", "2")])
     def test_it_goes_with_single_queries_alone(self, engines, tmp_path, words):

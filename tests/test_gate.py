@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from math import inf, log, nan, sqrt
+from collections.abc import Iterable
+from math import comb, inf, log, nan, sqrt
 
 import hypothesis
 import pytest
@@ -16,12 +17,13 @@ from deploykit.gate import (
     Rule,
     Timing,
     Verdict,
+    exact_interval,
     judge,
     judge_time,
     paired_difference_interval,
     parse_rule,
     smallest_visible_drop,
-    wilson_interval,
+    student_t,
     worst,
 )
 
@@ -97,37 +99,57 @@ class TestRules:
         assert str(caught.value).startswith(repr(text))
 
 
-class TestWilsonsInterval:
-    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, 1998, table I.
+class TestTheExactInterval:
+    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, 1998, table I, method 5.
     @pytest.mark.parametrize(
         ("successes", "trials", "low", "high"),
-        [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+        [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (1, 29, 0.0009, 0.1776)],
     )
     def test_it_has_the_published_values(self, successes, trials, low, high):
-        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+        assert exact_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
     @settings(deadline=None, max_examples=50)
-    @hypothesis.given(trials=st.integers(1, 10_000), data=st.data())
-    def test_its_ends_are_the_shares_that_the_score_test_just_does_not_reject(self, trials, data):
+    @hypothesis.given(trials=st.integers(1, 300), data=st.data())
+    def test_its_ends_are_the_shares_under_which_so_few_or_so_many_have_a_chance_of_2_5_percent(self, trials, data):
         successes = data.draw(st.integers(0, trials))
 
-        for end in wilson_interval(successes, trials):
-            if 0 < end < 1:
-                assert abs(successes / trials - end) / sqrt(end * (1 - end) / trials) == pytest.approx(Z95)
+        low, high = exact_interval(successes, trials)
+
+        if successes > 0:
+            assert chance(trials, low, range(successes, trials + 1)) == pytest.approx(0.025, rel=1e-6)
+        if successes < trials:
+            assert chance(trials, high, range(successes + 1)) == pytest.approx(0.025, rel=1e-6)
 
     @pytest.mark.parametrize("trials", [1, 10, 13, 25, 1000, 10**7])
     def test_all_and_none_reach_the_very_end(self, trials):
-        assert wilson_interval(trials, trials)[1] == 1
-        assert wilson_interval(0, trials)[0] == 0
+        assert exact_interval(trials, trials)[1] == 1
+        assert exact_interval(0, trials)[0] == 0
 
     @settings(deadline=None, max_examples=50)
     @hypothesis.given(trials=st.integers(1, 10_000), data=st.data())
     def test_failures_have_the_mirror_image_of_the_interval_of_successes(self, trials, data):
         successes = data.draw(st.integers(0, trials))
 
-        low, high = wilson_interval(successes, trials)
+        low, high = exact_interval(successes, trials)
 
-        assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+        assert exact_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+    @pytest.mark.parametrize("percent", ["90", "99", "99.9"])
+    @pytest.mark.parametrize("images", [10, 17, 53, 100, 500])
+    def test_of_engines_that_just_keep_a_rule_at_most_one_in_forty_is_failed(self, images, percent):
+        rule, share = f"agreement >= {percent} %", 1 - float(percent) / 100
+        failed = [flips for flips in range(images + 1) if verdict(rule, PairedCounts(images, flips)) is FAIL]
+
+        assert chance(images, share, failed) <= 0.025
+
+    @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (5, 2.5706), (30, 2.0423), (10**6, 1.96)])
+    def test_students_quantile_is_that_of_the_tables(self, freedom, quantile):
+        assert student_t(freedom) == pytest.approx(quantile, abs=5e-5)
+
+
+def chance(trials: int, share: float, counts: Iterable[int]) -> float:
+    """Of so many successes, or any of them, in as many trials."""
+    return sum(comb(trials, count) * share**count * (1 - share) ** (trials - count) for count in counts)
 
 
 def score_by_brute_force(lost: int, gained: int, images: int, difference: float) -> float:
@@ -307,7 +329,7 @@ class TestHowManyImagesWouldDecide:
     def test_a_hair_from_the_limit_no_number_is_promised(self):
         found = judge(parse_rule("drop <= 0.333333333 points"), PairedCounts(300, 1, 1, 0))
 
-        assert found.reason.endswith("; more than 1000000000 images would be needed to decide it")
+        assert found.reason.endswith("; more than 10000000 images would be needed to decide it")
 
 
 def timing(low: float, observed: float, high: float, processes: int = 10, doubts: tuple[str, ...] = ()) -> Timing:
@@ -367,6 +389,14 @@ class TestRulesOfTime:
 
         assert with_processes(needed) is not CANNOT_TELL
         assert with_processes(int(0.9 * needed)) is CANNOT_TELL
+
+    def test_it_is_the_number_to_ask_for_where_the_baseline_has_twice_as_many(self):
+        once = timing(4.9, 4.95, 5.02, processes=10)
+        twice = Timing(once.observed, once.interval, 20, (), times=2)
+
+        assert [judge_time(parse_rule("latency <= 5 ms"), found).reason.partition("; ")[2] for found in (once, twice)] == [
+            "about 21 processes for each engine would decide it"
+        ] * 2
 
     @pytest.mark.parametrize(("reach", "told"), [(9.994, "about 1000 processes"), (9.996, "no practical number of processes")])
     def test_no_more_than_a_thousand_processes_are_advised(self, reach, told):

@@ -108,6 +108,12 @@ class TestBoxes:
 
         assert counted((answer, answer)).disagreements == 0
 
+    def test_a_box_at_the_pictures_edge_is_the_same_with_a_sliver_of_area_and_without(self):
+        flat = np.array([[10.0, 5.0, 10.0, 9.0]], np.float32)
+        sliver = np.array([[10.0, 5.0, 10.00001, 9.0]], np.float32)
+
+        assert scenes.overlaps(flat, sliver)[0, 0] == 1
+
     def test_a_box_without_area_is_not_another_one(self):
         wanted = {"boxes": np.float32([[5, 5, 5, 5]]), "labels": np.array([1]), "scores": np.float32([0.5])}
 
@@ -205,6 +211,25 @@ class TestGates:
 
     def test_a_single_picture_decides_nothing(self):
         assert judge_parts(parse_rule("agreement >= 90 %"), "pixels", [(10_000, 9_999)]).verdict is Verdict.CANNOT_TELL
+
+    def test_a_single_picture_decides_nothing_where_all_is_alike_either(self):
+        found = judge_parts(parse_rule("agreement >= 99 %"), "pixels", [(50_176, 50_176)])
+
+        assert found.verdict is Verdict.CANNOT_TELL
+        assert found.reason.endswith("about 368 images would decide it")
+
+    @pytest.mark.parametrize("count", [2, 5, 40])
+    def test_one_part_decided_otherwise_never_makes_a_gate_surer(self, count):
+        alike = clustered_interval([(1000, 1000)] * count)
+        nearly = clustered_interval([(1000, 1000)] * (count - 1) + [(1000, 999)])
+
+        assert nearly[0] <= alike[0]
+
+    def test_an_agreement_of_few_pictures_is_known_less_well(self):
+        """Twice as many pictures with half of the parts each, alike in variance: the variance itself is known better."""
+        few, many = clustered_interval([(1000, 990), (1000, 980)]), clustered_interval([(1000, 990), (1000, 980)] * 10)
+
+        assert few[1] - few[0] > 5 * (many[1] - many[0])
 
     def test_no_boxes_at_all_cannot_be_judged(self):
         assert judge_parts(parse_rule("agreement >= 90 %"), "boxes", [(0, 0)]).verdict is Verdict.CANNOT_TELL

@@ -21,7 +21,7 @@ _OF_TWO_SIDES = {"model__weights": "--weights", "gates": "--gate", "layouts": "-
 
 
 @click.command("benchmark")
-@click.argument("engines", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, metavar="[ENGINES]...")
 @recipe_option("--processes", "benchmark.processes")
 @recipe_option("--queries", "benchmark.queries")
 @recipe_option("--warmup", "benchmark.warmup")
@@ -75,9 +75,12 @@ _OF_TWO_SIDES = {"model__weights": "--weights", "gates": "--gate", "layouts": "-
     help="Keep what was measured of this device, for predict --measured FILE, which is then fitted to it.",
 )
 @click.option("--arm-root", type=click.Path(path_type=Path), metavar="DIR", help="As for parity --isa, for ARM CPUs.")
+@click.option("--roots", help="Folder on a device with a folder of releases for each network.  [default: /opt/deploykit]")
+@click.option("--python", help="The device's Python, 3.10 or newer.  [default: python3]")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of your own ssh_config(5).")
 @for_ci("benchmark")
 def benchmark_command(
-    engines: tuple[Path, ...],
+    names: tuple[str, ...],
     offline_batches: tuple[int, ...],
     output: Path | None,
     baseline: Path | None,
@@ -95,6 +98,9 @@ def benchmark_command(
     times: tuple[str, ...],
     export_times: Path | None,
     calibrate_predictor: Path | None,
+    roots: str | None,
+    python: str | None,
+    ssh_config: Path | None,
     **values: Any,
 ) -> Mapping[str, Any]:
     """Measure engines in fresh processes, and compare.
@@ -102,6 +108,9 @@ def benchmark_command(
     ENGINES are folders of engines, runs with all their engines, bundles, or ONNX files of anybody, which are built for ONNX
     Runtime first; of several graphs in a bundle, BUNDLE:onnxruntime-int8 names one. The first is the baseline, unless there is a
     --baseline file. A run that something disturbed is invalid, and a gate then cannot tell.
+
+    With --calibrate-predictor the first may be a device, ssh://[user@]host[:port], and the others bundles that are deployed
+    there: their releases are measured on it, one after the other, while it is leased.
     """
     table: dict[str, Any] = {key.partition("__")[2]: value for key, value in values.items() if value is not None}
     if offline_batches:
@@ -109,6 +118,17 @@ def benchmark_command(
     files = {"baseline": baseline, "output": output, "size": size}
     asked: dict[str, Any] = {"streams": streams, "rate": rate, "p99": p99, "instances": instances if instances > 1 else None}
     rest = {"metric": metric, "scenario": scenario, "isa": isa, "arm_root": arm_root, "export_times": export_times}
+    reaching = {"roots": roots, "python": python, "ssh_config": ssh_config}
+    if names and "://" in names[0]:
+        _refuse_beside_a_device(
+            {**table, **files, **asked, **rest, "times": times or None, "gate": gates or None, "fail_on": fail_on}
+        )
+        return _on_a_device(names, table, calibrate_predictor, reaching)
+    if any(value is not None for value in reaching.values()):
+        raise UsageError(
+            "--roots, --python and --ssh-config are about a device", fix="name it first, as ssh://[user@]host[:port]"
+        )
+    engines = tuple(map(Path, names))
     if calibrate_predictor is not None:
         _refuse_beside_calibration({"times": times or None, "scenario": scenario, "metric": metric, "instances": instances})
     if times:
@@ -190,6 +210,43 @@ def _refuse_beside_calibration(words: Mapping[str, Any]) -> None:
         raise UsageError("--calibrate-predictor does not go together with these", why=why, problems=problems)
 
 
+def _refuse_beside_a_device(words: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that the device half does not know; what it measures is single queries."""
+    usual = {"metric": "time", "scenario": "single-stream"}
+    known = ("processes", "queries")
+    problems = [
+        f"--{name.replace('_', '-')}"
+        for name, value in words.items()
+        if value not in (None, usual.get(name)) and name not in known
+    ]
+    if problems:
+        fix = "leave them out, or run deploykit benchmark on the device"
+        raise UsageError("a device is not measured with these", problems=problems, fix=fix)
+
+
+def _on_a_device(
+    names: tuple[str, ...], table: Mapping[str, Any], calibration: Path | None, reaching: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Calibrate the predictor for a device, by releases that are installed there."""
+    from deploykit import remote
+    from deploykit.cli.devices import owner
+    from deploykit.forecast import measured, over
+
+    address, *bundles = names
+    if calibration is None:
+        why = "a device's latency is gated when a bundle is deployed there, by the rules in its recipe"
+        raise UsageError("a device is measured here for the predictor alone", why=why, fix="add --calibrate-predictor FILE")
+    settings, file = recipes.benchmark_table(table, "the command line"), measured.File(calibration)
+    where = {key: reaching[key] for key in ("roots", "python") if reaching[key] is not None}
+    connection = remote.connect(address, ssh_config=reaching["ssh_config"])
+    try:
+        with progress_bars() as progress:
+            found = over.measure(connection, list(map(Path, bundles)), settings, file, owner=owner(), progress=progress, **where)
+    finally:
+        connection.close()
+    return found
+
+
 def _timed(
     engines: tuple[Path, ...], rules: list[Rule], table: Mapping[str, Any], calibration: Path | None, **files: Any
 ) -> Mapping[str, Any]:
@@ -201,10 +258,14 @@ def _timed(
         from deploykit import forecast
         from deploykit.forecast import measured
 
-        keeper = measured.File(calibration, forecast.target_of("local"))
+        keeper = measured.Keeper(measured.File(calibration), forecast.target_of("local"))
     with progress_bars() as progress:
         found = timing.measure(engines, settings, rules, keeper=keeper, progress=progress, **files)
-    return found if keeper is None else {**found, "calibration": {"file": printable(keeper.path), "measurements": keeper.count}}
+    return (
+        found
+        if keeper is None
+        else {**found, "calibration": {"file": printable(keeper.file.path), "measurements": keeper.file.count}}
+    )
 
 
 def _instructions(engines: tuple[Path, ...], fail_on: str | None, **words: Any) -> Mapping[str, Any]:

@@ -83,13 +83,13 @@ def deploy_command(
         devices = fleet.read(fleet_file, how, ssh_config=ssh_config)
         folder = output or Path(f"{bundle.name.removesuffix('.bundle')}-rollout")
         with _table(devices) as show:
-            rolled = fleet.roll_out(bundle, devices, folder, owner=_owner(), signers=signers, show=show)
+            rolled = fleet.roll_out(bundle, devices, folder, owner=owner(), signers=signers, show=show)
         click.echo(json.dumps(rolled.facts, indent=1) if as_json else _told_of(rolled, folder))
         return rolled.code
     assert target is not None
     with _transfer() as progress:
         connect = lambda: remote.connect(target, ssh_config=ssh_config)  # noqa: E731
-        done = deploy.deploy(bundle, connect, how, owner=_owner(), signers=signers, progress=progress)
+        done = deploy.deploy(bundle, connect, how, owner=owner(), signers=signers, progress=progress)
     click.echo(json.dumps({**done.facts, "exit_code": done.code}, indent=1) if as_json else _told(done))
     return done.code
 
@@ -201,7 +201,7 @@ def confirm_command(target: str, id: str | None, root: str | None, python: str, 
 @_options(*_reaching)
 def collect_garbage_command(target: str, root: str | None, python: str, ssh_config: Path | None) -> None:
     """Remove releases of a device that are neither current nor previous nor in use, and what came only in part."""
-    with _device(target, root, python, ssh_config) as device, device.lease(_owner()):
+    with _device(target, root, python, ssh_config) as device, device.lease(owner()):
         click.echo(json.dumps(device.ask("collect-garbage"), indent=1))
 
 
@@ -251,7 +251,8 @@ def _one_of(target: str | None, fleet_file: Path | None) -> None:
         raise UsageError("name one device or one fleet", fix="ssh://[user@]host[:port], local, or --fleet fleet.toml")
 
 
-def _owner() -> str:
+def owner() -> str:
+    """Who holds a device's lease while this command is at work, as others are told."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user that no passwd file knows

@@ -53,20 +53,26 @@ def of_engine(engine: Artifact) -> Network:
     )
 
 
+def of_bundle(path: Path, label: str, size: int | None = None) -> Network:
+    """The kernels of one graph of a bundle, such as onnxruntime-int8. Raises UsageError when it is not there."""
+    with bundle.opened(path) as found:
+        blob = found.manifest.portable.get(f"{bundle.MODELS}/{label}/{bundle.GRAPH}")
+        if blob is None:
+            raise UsageError(f"{printable(path)} holds no ONNX graph {printable(label)}".rstrip())
+        content = b"".join(bundle.pieces(found, blob))
+    with TemporaryDirectory() as folder:
+        graph = Path(folder, f"{label}.onnx")
+        graph.write_bytes(content)
+        door.onnx_file(graph)
+        return layers.read(graph, size=size)
+
+
 def _of_bundle(path: Path, precision: str | None, size: int | None) -> Network:
     """The graph for TensorRT where there is one, in the precision that is asked for."""
     with bundle.opened(path) as found:
         names = sorted(found.manifest.models, key=lambda name: (not name.startswith("tensorrt"), not name.endswith("int8"), name))
-        chosen = next((name for name in names if precision is None or name.endswith(f"-{precision}")), names[0] if names else "")
-        blob = found.manifest.portable.get(f"{bundle.MODELS}/{chosen}/{bundle.GRAPH}")
-        if blob is None:
-            raise UsageError(f"{printable(path)} holds no ONNX graph")
-        content = b"".join(bundle.pieces(found, blob))
-    with TemporaryDirectory() as folder:
-        graph = Path(folder, f"{chosen}.onnx")
-        graph.write_bytes(content)
-        door.onnx_file(graph)
-        return layers.read(graph, size=size)
+    chosen = next((name for name in names if precision is None or name.endswith(f"-{precision}")), names[0] if names else "")
+    return of_bundle(path, chosen, size)
 
 
 def built(name: str) -> Network:

@@ -7,7 +7,7 @@ the kernels of each network and what the device is, so that nothing has to be bu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from deploykit.benchmark.report import BenchmarkReport
 from deploykit.errors import UsageError, printable, translating_os_errors
 from deploykit.forecast import graphs
 from deploykit.jsonable import to_json
+from deploykit.machine import Machine
 from deploykit.targets import Figure, PowerMode, Target, fit, latency
 from deploykit.targets.latency import Arithmetic, Constants, Fit
 from deploykit.targets.layers import Layer, Network
@@ -88,16 +89,34 @@ def device_of(path: Path) -> Target:
 
 @dataclass
 class File:
-    """The file that `read` reads, kept by a benchmark on `target`; `count` is how many measurements it then has."""
+    """The file that `read` reads; `count` is how many measurements it has once it is written."""
 
     path: Path
-    target: Target
     count: int = 0
+
+    def refuse_unwritable(self) -> None:
+        """Raise UsageError when the file cannot be written."""
+        if why := publish.why_not_writable(self.path):
+            raise UsageError(f"cannot write {printable(self.path)}", why=why, fix="choose another file")
+
+    def write(self, target: Target, machine: Machine, rows: list[dict[str, Any]]) -> None:
+        """Write measurements of a device, each with its kernels."""
+        content = {"schema": SCHEMA, "target": to_json(target), "machine": to_json(machine), "measurements": rows}
+        with translating_os_errors("write", self.path):
+            publish.write_file(self.path, (json.dumps(content, indent=1) + "\n").encode())
+        self.count = len(rows)
+
+
+@dataclass
+class Keeper:
+    """What a benchmark on this machine, which is `target`, leaves in `file`."""
+
+    file: File
+    target: Target
 
     def check(self, engines: Mapping[str, Artifact]) -> None:
         """Raise UsageError for an engine whose graph is not there, and for a file that cannot be written."""
-        if why := publish.why_not_writable(self.path):
-            raise UsageError(f"cannot write {printable(self.path)}", why=why, fix="choose another file")
+        self.file.refuse_unwritable()
         for engine in engines.values():
             graphs.of_engine(engine)
 
@@ -107,33 +126,32 @@ class File:
         Raises UsageError when the run is not valid: what disturbed it would be fitted.
         """
         if report.doubts:
-            raise UsageError(
-                "nothing is fitted on a run that is not valid",
-                problems=report.doubts,
-                fix="measure again when the device does nothing else",
-            )
+            raise not_valid(report.doubts)
         rows = []
         for label, engine in engines.items():
             network, found = graphs.of_engine(engine), report.engine(label)
-            about = {"model": network.name, "precision": _precision(engine), "kernels": to_json(network.layers)}
+            about = {"model": network.name, "precision": precision_of(engine.precision), "kernels": kernels(network)}
             times = {found.images_per_query: found.median_ns / 1e6}
             for batch, rates in found.per_second.items():
                 times.setdefault(batch, 1e3 * batch / median(rates))
             rows += [{**about, "batch": batch, "latency_ms": ms} for batch, ms in times.items()]
-        content = {
-            "schema": SCHEMA,
-            "target": to_json(self.target),
-            "machine": to_json(report.machine),
-            "measurements": rows,
-        }
-        with translating_os_errors("write", self.path):
-            publish.write_file(self.path, (json.dumps(content, indent=1) + "\n").encode())
-        self.count = len(rows)
+        self.file.write(self.target, report.machine, rows)
 
 
-def _precision(engine: Artifact) -> str:
-    """That of its name, where TensorRT's engines of INT8 and FP16 are INT8."""
-    return "fp32" if engine.precision is Precision.FP32 else "int8" if engine.precision is Precision.INT8 else "fp16"
+def not_valid(doubts: Sequence[str]) -> UsageError:
+    """Why nothing is kept of a run: what disturbed it would be fitted."""
+    fix = "measure again when the device does nothing else"
+    return UsageError("nothing is fitted on a run that is not valid", problems=list(doubts), fix=fix)
+
+
+def kernels(network: Network) -> Any:
+    """The kernels of a network, as a file of measurements has them."""
+    return to_json(network.layers)
+
+
+def precision_of(found: Precision) -> str:
+    """Its name in a file of measurements, where TensorRT's graphs in INT8 and FP16 are INT8."""
+    return "fp32" if found is Precision.FP32 else "int8" if found is Precision.INT8 else "fp16"
 
 
 def _content(path: Path) -> Any:

@@ -103,6 +103,10 @@ def of_benchmark(found: Result, *, seconds: float) -> Summary:
     share = seconds / max(1, len(found["gates"]))
     if found.get("metric") == "instructions":
         return _of_instructions(found, seconds, share)
+    if found.get("metric") == "calibration":
+        rows = tuple((row["model"], row["precision"], f"{row['latency_ms']:.3f} ms") for row in found["measured"])
+        table = Table(f"Measured on {found['device']}", ("model", "precision", "median"), rows)
+        return Summary("benchmark", _or_none([]), seconds, tables=_filled(table), facts=_machine(found["machine"]))
     return Summary(
         name="benchmark",
         gates=_or_none([_gate(gate, "", share) for gate in found["gates"]]),

@@ -98,6 +98,8 @@ def benchmark(result: Mapping[str, Any]) -> str:
         return _instructions(result)
     if result.get("metric") == "trtexec":
         return _trtexec(result)
+    if result.get("metric") == "calibration":
+        return _on_a_device(result)
     settings = result["settings"]
     images = settings["images_per_query"]
     table = _table("", "", "median ms", "95 %", "p90 <=", "p99 <=", "copied", "images/s", "load ms", "MiB")
@@ -169,6 +171,17 @@ def _served(engines: Iterable[Mapping[str, Any]], scenario: Mapping[str, Any] | 
                 f"{engine['label']}: up to {engine['rate_per_second']:,.4g} queries a second (95 % {low:,.4g} to {high:,.4g}) "
                 f"with a p99 of at most {bound} ms"
             )
+
+
+def _on_a_device(result: Mapping[str, Any]) -> str:
+    """Releases that were measured on a device for the predictor."""
+    table = _table("", "model", "precision", "median ms")
+    for row in result["measured"]:
+        table.add_row(row["model"], row["precision"], f"{row['latency_ms']:.3f}")
+    mode = f" in power mode {result['mode']}" if result["mode"] else ""
+    parts: list[Table | str] = [table, f"{result['device']} is {result['target']}{mode}"]
+    parts.append(f"kept in {result['file']}: deploykit predict MODEL --measured {result['file']}")
+    return _render(parts)
 
 
 def _trtexec(result: Mapping[str, Any]) -> str:
