@@ -111,7 +111,7 @@ def rollback_command(
     """Let a device, or a fleet, go back to the previous release. Refused where somebody is deploying."""
 
     def ask(device: Device) -> dict[str, Any]:
-        with device.lease(_owner()):
+        with device.lease(owner()):
             if id is not None and (current := device.ask("status").get("current")) != id:
                 return {"left": None, "current": current, "exit_code": 0}
             return device.ask("rollback")
