@@ -5,6 +5,8 @@ deploykit export benchmarks/yolo_like.py:build --arg width=32 --arg classes=80 -
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -60,6 +62,8 @@ class Pools(nn.Module):
 
 class YoloLike(nn.Module):
     """Backbone, neck, and for each scale a head whose answers are averaged over all positions."""
+
+    preprocess: ClassVar = {"resize": 256, "crop": 256, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
