@@ -57,7 +57,7 @@ def _restore_flatten(graph: ir.Graph, node: ir.Node) -> None:
     """Reshape to (batch, everything else) -> Flatten, which passes any batch and is transparent to int8.
 
     Also where the sizes are asked of a Flatten of the same tensor, as the legacy exporter writes it. ONNX Runtime puts (0, -1) in
-    the place of such sizes, and then refuses a tensor without elements: RetinaNet ended in an error as soon as one level had no box.
+    the place of such sizes, and then refuses a tensor without elements: RetinaNet ended in an error when a level had no box.
     """
     source, new_shape = node.inputs[0], node.outputs[0].shape
     if source is not None and _are_sizes_of_flattened(node.inputs[1], source):
