@@ -383,12 +383,20 @@ def _half(work: Work, model: Artifact) -> Artifact:
     def make(folder: Path) -> Artifact:
         from deploykit.quantize import half
 
-        return half.to_fp16(model, folder, float32=work.recipe.build.float32)
+        pictures, how = work.sources.calibration, model.preprocess
+        return half.to_fp16(
+            model,
+            folder,
+            float32=work.recipe.build.float32,
+            batches=None if pictures is None else lambda size: pictures.batches(how, size),
+            images=0 if pictures is None else len(pictures),
+            progress=work.progress,
+        )
 
     return work.stage(
         f"{model.folder.name}-fp16",
         make,
-        parents=[model.identity],
+        parents=[model.identity, work.sources.digest],
         settings=list(work.recipe.build.float32),
         summary=_halved,
     )
@@ -396,7 +404,10 @@ def _half(work: Work, model: Artifact) -> Artifact:
 
 def _halved(made: Artifact) -> str:
     facts, kept = made.facts, len(cast(Sequence[str], made.facts["float32_nodes"]))
-    told = f"{facts['tensors']} float tensors in fp16, {facts['underflows']} weights became zero"
+    told = f"{facts['tensors']} float tensors in fp16, {facts['underflows']} weights become zero"
+    if seen := cast(Mapping[str, Any], facts["activations"]):
+        told += f", and so do {seen['lost']:,} of {seen['values']:,} activations of {seen['images']} images"
+        told += f"; the largest is {seen['largest']:.4g}"
     return f"{told}, {kept} nodes stay in float32" if kept else told
 
 

@@ -822,6 +822,41 @@ class TestHalf:
         with pytest.raises(StageError, match=r"activations do not fit float16\n(.*\n)*  - larger: .* is beyond 65,504"):
             half.to_fp16(source, networks.made(tmp_path / "half"))
 
+    def test_calibration_images_find_what_golden_samples_do_not(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 1, 1), "factor": np.float32(60_000), "back": np.float32(1e-5)}
+        body = "[up] large = Mul(image, factor) [down] x = Mul(large, back) [conv] logits = Conv(x, w)"
+        source = networks.by_hand(tmp_path / "source", body, values)
+        golden = source.samples().inputs["image"]
+        replace(source.samples(), inputs={"image": golden / 100}).save(source.folder / "samples.npz")
+        bright = np.zeros_like(golden)
+        bright[1, 0, 0, :2] = 2.0
+        half.to_fp16(source, networks.made(tmp_path / "half"))
+
+        with pytest.raises(StageError) as refused:
+            half.to_fp16(source, tmp_path / "half", batches=lambda size: [bright], images=len(bright))
+
+        assert refused.value.problems == (f"large: 1.2e+05 is beyond 65,504, as are 2 of {golden.size + bright.size:,} values",)
+        assert refused.value.why == f"on {len(golden) + len(bright)} images, {len(bright)} of them for calibration"
+
+    def test_what_becomes_zero_is_counted_over_all_images_however_many_at_a_time(self, tmp_path):
+        values = {"w": networks.weights(5, 3, 1, 1), "a": np.float32(2**-13), "b": np.float32(2**-12), "c": np.float32(2**12)}
+        body = "[one] s = Mul(image, a) [two] small = Mul(s, b) [three] t = Mul(small, c) [four] x = Mul(t, c)"
+        body += " [conv] logits = Conv(x, w)"
+        source = networks.by_hand(tmp_path / "source", body, values)
+        pictures = np.abs(networks.images(6)[..., :8, :8]) + 1.5  # none becomes zero but those below
+        pictures[0, 0, 0, :3] = (1.0, 0.0, -0.5)  # a tie, which is rounded to the even zero; zero already; too small
+
+        def counted(pieces: int) -> Mapping[str, object]:
+            folder, split = networks.made(tmp_path / f"{pieces}"), np.split(pictures, pieces)
+            return half.to_fp16(source, folder, batches=lambda size: split, images=6).facts["activations"]
+
+        found = [counted(pieces) for pieces in (1, 3)]
+
+        lost = int(np.count_nonzero(np.abs(source.samples().inputs["image"]) * np.float32(2**-25) <= 2.0**-25))
+        assert found[0] == found[1]
+        assert (found[0]["lost"], found[0]["lost_of"], found[0]["calibration_images"]) == (lost + 2, "small", 6)
+        assert found[0]["most_lost"] == (lost + 2) / (pictures.size + source.samples().inputs["image"].size)
+
     def test_what_half_makes_of_the_activations_is_told(self, portable, tmp_path):
         found = half.to_fp16(portable("residual"), tmp_path).facts["activations"]
 

@@ -7,7 +7,7 @@ have a cast at each edge to the others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from deploykit.artifact import SAMPLES, Artifact, Precision
 from deploykit.errors import StageError, UsageError
 from deploykit.jsonable import JSON
-from deploykit.machine import available_cores
+from deploykit.progress import Progress, silent
 from deploykit.quantize import place
-from deploykit.quantize.expose import expose
-from deploykit.runtimes import onnxruntime, padded, pieces, run
+from deploykit.quantize.narrowed import MOST, activations
+from deploykit.runtimes import onnxruntime
 
 # What goes wrong in half precision although the numbers at both ends fit: exponentials, long sums, decoding of boxes and the
 # choice among them: our reading of the kinds that NVIDIA names, by operator. A mean is no larger than what it is of.
@@ -32,26 +32,34 @@ STAY_FLOAT32 = frozenset(
         *("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "CumSum"),
     )
 )
-_FP16_MAX = float(np.finfo(np.float16).max)
-_FP16_LEAST = float(np.finfo(np.float16).smallest_subnormal)
-_LISTED = 20
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
-def to_fp16(model: Artifact, folder: Path, *, float32: Sequence[str] = ()) -> Artifact:
+def to_fp16(
+    model: Artifact,
+    folder: Path,
+    *,
+    float32: Sequence[str] = (),
+    batches: Callable[[int], Iterable[NDArray[np.float32]]] | None = None,
+    images: int = 0,
+    progress: Progress = silent,
+) -> Artifact:
     """Write `model.onnx` typed in float16, and its golden samples, into `folder`.
 
     `float32`: names and patterns of nodes, or operators, that stay in float32 beside those of `STAY_FLOAT32`. What is in
-    INT8 stays so. Raises UsageError when one of them fits no node, and StageError, naming them, when weights or scales are
-    beyond float16's 65,504, or activations of a float graph are on its golden samples. Those of an INT8 graph are those of
-    the float graph that it was made of.
+    INT8 stays so. `batches(n)` gives `images` calibration images as (n, C, H, W) arrays. Raises UsageError when one of the names
+    fits no node, and StageError, naming them, when weights or scales are beyond float16's 65,504, or activations are on the
+    golden samples or the calibration images. Those of an INT8 graph are those of the float graph that it was made of, unless
+    that one was equalized first.
     """
     graph = ir.load(model.path)
     kept = _kept(graph.graph, float32)
     underflows = _convert_initializers(graph.graph, kept)
     narrowed = [value for node in graph.graph for value in node.outputs if value.dtype == _FLOAT and _becomes_half(value, kept)]
-    seen = None if model.precision is Precision.INT8 else _activations(model, [value.name or "" for value in narrowed])
+    names = [value.name or "" for value in narrowed]
+    is_seen = model.precision is Precision.INT8 and not model.facts.get("equalized")
+    seen = None if is_seen else activations(model, graph.graph, names, batches=batches, images=images, progress=progress)
     for node in graph.graph:
         if node in kept:
             continue
@@ -105,36 +113,6 @@ def _becomes_half(value: ir.Value, kept: Collection[ir.Node]) -> bool:
     return value.producer() not in kept or any(_reads_half(use.node, use.idx, kept) for use in value.uses())
 
 
-def _activations(model: Artifact, names: Sequence[str]) -> dict[str, JSON]:
-    """What float16 makes of these activations on the golden samples, image by image: the largest value, whose it is, and the
-    largest share of a tensor's values that would become zero."""
-    if not names:
-        return {}
-    exposed = expose(model.path, names, threads=available_cores())
-    largest, lost = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for batch in _batches(model, exposed.batch or 1):
-        answers = run(exposed.session, {exposed.source: batch})
-        for name in names:
-            values = np.abs(answers[exposed.outputs[name]].astype(np.float64))
-            values = values[np.isfinite(values)]  # what is infinite, as the fill of a pool, stays so
-            largest[name] = max(largest[name], float(values.max(initial=0)))
-            gone = (values > 0) & (values < _FP16_LEAST / 2)
-            lost[name] = max(lost[name], float(gone.sum()) / max(1, gone.size))
-    exposed.session.close()
-    problems = [f"{name}: {value:.4g} is beyond {_FP16_MAX:,.0f}" for name, value in largest.items() if value > _FP16_MAX]
-    if problems:
-        fix = "keep the nodes that make and read them in float32 (build.float32), or all of the network (without --fp16)"
-        raise StageError("activations do not fit float16", problems=problems[:_LISTED], fix=fix)
-    top, worst = max(largest, key=lambda name: largest[name]), max(lost, key=lambda name: lost[name])
-    return {"largest": largest[top], "of": top, "most_lost": lost[worst], "lost_of": worst}
-
-
-def _batches(model: Artifact, size: int) -> Iterator[NDArray[np.float32]]:
-    """The golden inputs, so many at a time."""
-    for piece in pieces(model, model.samples()):
-        yield from (padded(piece[start : start + size], size) for start in range(0, len(piece), size))
-
-
 def _convert_initializers(graph: ir.Graph, kept: Collection[ir.Node]) -> int:
     """Float constants to half, with a float32 copy for nodes that stay so; returns how many weights became zero.
 
@@ -160,7 +138,7 @@ def _convert_initializers(graph: ir.Graph, kept: Collection[ir.Node]) -> int:
         with np.errstate(over="ignore", under="ignore"):
             narrow = _rounded_up(wide) if name in scales else wide.astype(np.float16)
         if (np.isfinite(wide) & ~np.isfinite(narrow)).any():
-            problems.append(f"{name}: {np.abs(wide[np.isfinite(wide)]).max():.4g} is beyond float16's {_FP16_MAX:,.0f}")
+            problems.append(f"{name}: {np.abs(wide[np.isfinite(wide)]).max():.4g} is beyond float16's {MOST:,.0f}")
         underflows += int(((narrow == 0) & (wide != 0)).sum())
         value.const_value = ir.tensor(narrow, name=name)
         value.type = ir.TensorType(_HALF)

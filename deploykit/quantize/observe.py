@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,19 @@ BUDGET_BYTES = 400 << 20
 _MOST = 16
 
 
+class Counter(Protocol):
+    """What is kept of one tensor while images go through."""
+
+    def add(self, values: NDArray[np.float32], most: int) -> None:
+        """Take in a tensor, of which `most` values may be sampled. Raises ValueError for values that must not be."""
+
+    def include(self: C, other: C) -> None:
+        """Take in all that another one has seen."""
+
+
+C = TypeVar("C", bound=Counter)
+
+
 def observe(
     model: Path,
     tensors: Sequence[str],
@@ -32,14 +46,32 @@ def observe(
     lanes: int = 1,
     progress: Progress = silent,
 ) -> dict[str, Histogram]:
-    """Run the float graph over `batches` (N, C, H, W) and histogram each of `tensors`; `total` images are announced.
+    """Run the float graph over `batches` (N, C, H, W) and histogram each of `tensors`; as `counted` does it.
 
-    `lanes` batches are worked on at once, each by one thread from the first layer to the last histogram: threads that
+    Raises StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
+    """
+    return counted(model, tensors, batches, Histogram, total=total, lanes=lanes, progress=progress, what="calibrate")
+
+
+def counted(
+    model: Path,
+    tensors: Sequence[str],
+    batches: Iterable[NDArray[np.float32]],
+    make: Callable[[], C],
+    *,
+    total: int,
+    lanes: int,
+    progress: Progress,
+    what: str,
+) -> dict[str, C]:
+    """Run the graph over `batches` (N, C, H, W), each of `tensors` into a counter of `make`; `total` images are announced.
+
+    `lanes` batches are worked on at once, each by one thread from the first layer to the last counter: threads that
     shared a layer would wait for each other at its end, and those that only counted for the interpreter's lock. Raises
-    StageError naming the tensors that hold NaN or infinite values, and when there are no batches.
+    StageError naming the tensors that a counter refuses, and when there are no batches.
     """
     exposed = expose(model, tensors, threads=max(1, available_cores() - lanes + 1))
-    work = [_Lane(exposed, tensors, SAMPLE // lanes) for _ in range(lanes)]
+    work = [_Lane(exposed, tensors, SAMPLE // lanes, make) for _ in range(lanes)]
     done = 0
     with ThreadPoolExecutor(lanes) as pool:
         for images, broken in _in_order(pool, work, batches):
@@ -51,20 +83,20 @@ def observe(
                     fix="check the weights and the preprocessing",
                 )
             done += images
-            progress("calibrate", done, total)
+            progress(what, done, total)
     if done == 0:
         raise StageError("there was no image to calibrate on")
     for lane in work[1:]:
-        for name, histogram in lane.histograms.items():
-            work[0].histograms[name].include(histogram)
-    return work[0].histograms
+        for name, counter in lane.counters.items():
+            work[0].counters[name].include(counter)
+    return work[0].counters
 
 
-class _Lane:
-    """Buffers for one batch at a time, and histograms of all that went through them."""
+class _Lane(Generic[C]):
+    """Buffers for one batch at a time, and counters of all that went through them."""
 
-    def __init__(self, exposed: Exposed, tensors: Sequence[str], sample: int) -> None:
-        self.histograms = {name: Histogram() for name in tensors}
+    def __init__(self, exposed: Exposed, tensors: Sequence[str], sample: int, make: Callable[[], C]) -> None:
+        self.counters = {name: make() for name in tensors}
         self._exposed = exposed
         self._session = exposed.session.another()
         self._sample = sample
@@ -79,11 +111,13 @@ class _Lane:
         # Batches in work at once share one sample, so an image gives as many values as in one batch of them all, and
         # nowhere fewer than in the largest.
         sample = min(SAMPLE, max(self._sample, len(batch) * SAMPLE // _MOST))
-        values = {name: _unpadded(views[self._exposed.outputs[name]], len(batch), size) for name in self.histograms}
-        return len(batch), [name for name in values if not _add(self.histograms[name], values[name], sample)]
+        values = {name: _unpadded(views[self._exposed.outputs[name]], len(batch), size) for name in self.counters}
+        return len(batch), [name for name in values if not _add(self.counters[name], values[name], sample)]
 
 
-def _in_order(pool: Executor, lanes: Sequence[_Lane], batches: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, list[str]]]:
+def _in_order(
+    pool: Executor, lanes: Sequence[_Lane[C]], batches: Iterable[NDArray[np.float32]]
+) -> Iterator[tuple[int, list[str]]]:
     """What became of each batch; as many as there are lanes are worked on while the next is being read."""
     working: deque[Future[tuple[int, list[str]]]] = deque()
     for batch, lane in zip(batches, cycle(lanes), strict=False):
@@ -100,10 +134,10 @@ def _unpadded(values: NDArray[np.float32], images: int, size: int | None) -> NDA
     return values[:images] if is_padded else values
 
 
-def _add(histogram: Histogram, values: NDArray[np.float32], sample: int) -> bool:
-    """Whether all values were finite; otherwise the histogram stays as it was."""
+def _add(counter: Counter, values: NDArray[np.float32], sample: int) -> bool:
+    """Whether all values were taken; otherwise the counter stays as it was."""
     try:
-        histogram.add(values, sample)
+        counter.add(values, sample)
     except ValueError:
         return False
     return True
