@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import guides
 import pytest
 import torch
 from conftest import TINY_NETWORK
+from guides import Work, environment, program
 
 from deploykit import cli
 from deploykit import recipe as recipes
 
-PAGE = (Path(__file__).parents[1] / "docs" / "ci.md").read_text()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = guides.page("ci")
 RECIPE = """
 name = "net"
 gate = ["disagreements <= 12"]
@@ -39,7 +37,7 @@ QUICK = ("--processes", "2", "--queries", "3", "--warmup", "1", "--offline-secon
 
 
 def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(PAGE) if found == language]
+    return guides.blocks(PAGE, language)
 
 
 def steps(job: str) -> list[str]:
@@ -53,41 +51,13 @@ def steps(job: str) -> list[str]:
     return commands
 
 
-@dataclass(frozen=True)
-class Clone:
-    """A folder with a recipe, a network, its weights and pictures, and `deploykit` on the path."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """As a runner of GitHub runs a step: bash that stops at the first error."""
-        words = ["bash", "-e", "-c", command]
-        settings = {**self.environment, **environment}
-        return subprocess.run(words, cwd=self.folder, env=settings, capture_output=True, text=True, timeout=100, check=False)
-
-
-def program(folder: Path, text: str) -> Path:
-    """A folder for the path, in which `deploykit` is this script."""
-    folder.mkdir()
-    (folder / "deploykit").write_text(f"#!/bin/sh\n{text}\n")
-    (folder / "deploykit").chmod(0o755)
-    return folder
-
-
-def environment(programs: Path) -> dict[str, str]:
-    """That of a runner: `programs` come first, and nothing says that this is GitHub; one thread, for machines with few cores."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
-    return {**inherited, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
-def cloned(tmp_path_factory, photos, labelled) -> Callable[[], Clone]:
+def cloned(tmp_path_factory, photos, labelled) -> Callable[[], Work]:
     """A new clean clone; `deploykit` is the installed package, with small numbers for what a benchmark measures."""
     quick = f'[ "$1" = benchmark ] && set -- "$@" {" ".join(QUICK)}\nexec {sys.executable} -m deploykit "$@"'
     programs = program(tmp_path_factory.mktemp("programs") / "bin", quick)
 
-    def clone() -> Clone:
+    def clone() -> Work:
         folder = tmp_path_factory.mktemp("clone")
         (folder / "net.py").write_text(TINY_NETWORK)
         (folder / "recipe.toml").write_text(RECIPE)
@@ -97,13 +67,13 @@ def cloned(tmp_path_factory, photos, labelled) -> Callable[[], Clone]:
         torch.save(names["build"]().state_dict(), folder / "net.pth")
         (folder / "photos").symlink_to(photos)
         (folder / "labelled").symlink_to(labelled)
-        return Clone(folder, environment(programs))
+        return Work(folder, environment(programs))
 
     return clone
 
 
 @pytest.fixture(scope="module")
-def clone(cloned) -> Clone:
+def clone(cloned) -> Work:
     """One clone for what goes on where an earlier command ended."""
     return cloned()
 
@@ -161,7 +131,7 @@ class TestTheCommands:
     @pytest.mark.parametrize(("code", "passes"), [(0, True), (5, True), (1, False), (2, False), (3, False), (4, False)])
     def test_the_one_that_lets_cannot_tell_pass_lets_nothing_else_pass(self, tmp_path, code, passes):
         (command,) = [command for command in blocks("sh") if "-eq 5" in command]
-        ends = Clone(tmp_path, environment(program(tmp_path / "bin", f"exit {code}")))
+        ends = Work(tmp_path, environment(program(tmp_path / "bin", f"exit {code}")))
 
         assert (ends.run(command).returncode == 0) is passes
 

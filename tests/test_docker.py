@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 FILES = sorted(DOCKER.glob("*.Dockerfile"))
 NVIDIAS = [DOCKER / f"{name}.Dockerfile" for name in ("jetson", "tensorrt")]
-BASES = {"tensorrt": "nvcr.io/nvidia/tensorrt", "jetson": "nvcr.io/nvidia/l4t-tensorrt"}
+WHOLE = [DOCKER / f"{name}.Dockerfile" for name in ("gpu", "host", "tensorrt")]  # all of deploykit, from the tree
+BY_TAG = [*NVIDIAS, *(DOCKER / f"{name}.Dockerfile" for name in ("gpu", "host"))]
+BASES = {
+    **{"tensorrt": "nvcr.io/nvidia/tensorrt", "jetson": "nvcr.io/nvidia/l4t-tensorrt"},
+    **{"gpu": "python", "host": "python"},
+}
 INSTRUCTIONS = {
     *("ARG", "FROM", "RUN", "COPY", "WORKDIR", "ENTRYPOINT", "CMD"),
     *("ENV", "USER", "EXPOSE", "VOLUME", "SHELL", "LABEL"),
@@ -93,8 +98,8 @@ class TestEach:
         assert told == 1
 
 
-@pytest.mark.parametrize("path", NVIDIAS, ids=lambda path: path.stem.split(".")[0])
-class TestThoseOnNvidiasImages:
+@pytest.mark.parametrize("path", BY_TAG, ids=lambda path: path.stem.split(".")[0])
+class TestThoseWithATag:
     def test_begin_with_one_by_a_tag(self, path):
         (argument,), (base,) = only(path, "ARG"), only(path, "FROM")
         name, _, tag = argument.partition("=")
@@ -120,12 +125,11 @@ class TestThoseOnNvidiasImages:
             assert parser().parse_args(words[2:]).does.__name__ == words[2]
 
 
-class TestTheOneForAGpu:
-    path = ROOT / "docker" / "tensorrt.Dockerfile"
-
-    def test_copies_what_is_in_the_tree_and_all_that_a_wheel_is_made_of(self):
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem.split(".")[0])
+class TestThoseWithAllOfDeploykit:
+    def test_copy_what_is_in_the_tree_and_all_that_a_wheel_is_made_of(self, path):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-        copied = {name for line in only(self.path, "COPY") for name in line.split()[:-1]}
+        copied = {name for line in only(path, "COPY") for name in line.split()[:-1]}
 
         assert all((ROOT / name).exists() for name in copied)
         folders = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
@@ -133,11 +137,38 @@ class TestTheOneForAGpu:
         files = {project["project"]["readme"], "pyproject.toml", *project["project"].get("license-files", ["LICENSE"])}
         assert copied >= folders | files
 
-    def test_installs_extras_that_are_declared_and_no_second_tensorrt(self):
+    def test_install_extras_that_are_declared_one_onnxruntime_and_no_second_tensorrt(self, path):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        (asked,) = re.findall(r"/opt/deploykit\[([\w,]+)\]", self.path.read_text())
+        (asked,) = re.findall(r"/opt/deploykit\[([\w,]+)\]", path.read_text())
 
         assert set(asked.split(",")) <= set(extras) - {"tensorrt"}
+        assert len({"cpu", "gpu"} & set(asked.split(","))) == 1
+
+    def test_install_what_the_packages_ask_for_with_a_python_that_they_take(self, path):
+        wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+        found = re.search(r"PYTHON_TAG=([\d.]+)-", path.read_text())
+
+        if found is not None:  # NVIDIA's images bring theirs
+            assert tuple(map(int, found[1].split("."))) >= tuple(map(int, wanted.split(".")))
+
+
+@pytest.mark.parametrize("name", ["gpu", "host"])
+class TestThoseWhoseUserIsNotRoot:
+    def test_make_the_user_and_a_folder_of_its_own_before_they_become_it(self, name):
+        found = instructions(DOCKER / f"{name}.Dockerfile")
+        place, user = next((index, rest) for index, (word, rest) in enumerate(found) if word == "USER")
+
+        made = " ".join(rest for word, rest in found[:place] if word == "RUN")
+        assert user != "root"
+        assert f" {user} " in f"{made} "
+        assert f"install -d -o {user}" in made
+        assert not [word for word, _ in found[place:] if word in ("RUN", "COPY")]
+
+    def test_write_caches_where_any_user_may(self, name):
+        settings = " ".join(only(DOCKER / f"{name}.Dockerfile", "ENV"))
+        (folder,) = only(DOCKER / f"{name}.Dockerfile", "WORKDIR")
+
+        assert {f"HOME={folder}", f"XDG_CACHE_HOME={folder}/.cache"} <= set(settings.split())
 
 
 class TestTheOneForAJetson:
@@ -181,3 +212,13 @@ class TestTheStandInForADevice:
 
     def test_its_script_is_a_shell_script(self):
         assert subprocess.run(["sh", "-n", DOCKER / "start_device.sh"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.split(".")[0])
+def test_the_readme_builds_and_runs_each_as_its_own_comment_does(path):
+    lines = [line.split("  #")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    build = re.search(rf"docker build --file docker/{path.name} --tag (\S+) \S+", comments(path))
+
+    assert build is not None
+    assert build[0] in lines
+    assert [line for line in lines if line.startswith("docker run ") and build[1] in line.split()]

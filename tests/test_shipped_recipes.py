@@ -106,6 +106,7 @@ def ran(supplied, monkeypatch, deploykit) -> Callable[..., Ran]:
     return run
 
 
+@pytest.mark.slow
 class TestEachIsRun:
     def test_resnet50_to_tensorrt_leaves_graphs_by_its_rules_and_a_bundle_where_there_is_no_gpu(self, ran):
         found = ran("resnet50_tensorrt")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import networks
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import World, installed
+from guides import blocks, page
 
 from deploykit import build, export, runtimes
 from deploykit.artifact import Artifact
@@ -27,9 +30,19 @@ def engines(portable, tmp_path_factory) -> Iterator[dict[str, Artifact]]:
     )
     with installed(World("10.3.0", FakeCuda())), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder("caches")))
-        names = ("onnxruntime", "openvino", "tensorrt")
+        registered_as_documented(patch, folder("documented"))
+        names = ("onnxruntime", "openvino", "tensorrt", "plain")
         built = {name: build.build(portable("residual"), name, folder(name)) for name in names}
         yield {**built, "torchscript": script}
+
+
+def registered_as_documented(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The runtime of docs/runtimes.md and its line of the registry, as they stand on that page."""
+    module, entry = blocks(page("runtimes"), "python")
+    (folder / "plain_runtime.py").write_text(module)
+    patch.syspath_prepend(folder)
+    documented = eval(f"{{{entry}}}", {"Entry": runtimes.Entry})
+    patch.setitem(runtimes.REGISTRY, "plain", replace(documented["plain"], module="plain_runtime"))
 
 
 @pytest.fixture
@@ -37,7 +50,7 @@ def load(engines) -> Callable[[str], Session]:
     return lambda name: runtimes.get(name).load(engines[name])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "torchscript"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "torchscript", "plain"])
 class TestEveryRuntime:
     def test_it_answers_like_pytorch(self, load, name):
         inputs = networks.images(4, seed=5)
@@ -127,7 +140,7 @@ class TestEveryRuntime:
     def test_close_gives_the_model_back(self, load, name):
         def alive() -> int:
             gc.collect()
-            kinds = ("InferenceSession", "CompiledModel", "InferRequest", "RecursiveScriptModule")
+            kinds = ("InferenceSession", "CompiledModel", "InferRequest", "RecursiveScriptModule", "ReferenceEvaluator")
             return sum(type(thing).__name__ in kinds for thing in gc.get_objects())
 
         before = alive()
@@ -138,3 +151,11 @@ class TestEveryRuntime:
         session.close()
 
         assert alive() == before
+
+
+def test_the_documented_runtime_says_of_every_layer_that_it_does_not_run_in_int8(engines, portable):
+    found = build.Engine.of("plain", portable("residual"), engines["plain"]).realised
+
+    assert found is not None
+    assert found.layers
+    assert found.int8 == 0
