@@ -6,6 +6,7 @@ usage: python benchmarks/finetune.py gain --images DIR --checkpoint FILE [--netw
        python benchmarks/finetune.py features --images DIR [--network vgg16] [--pixels 224] [--count 200] [--output DIR]
        python benchmarks/finetune.py memory [--output DIR]
        python benchmarks/finetune.py overhead [--processes 5] [--output DIR]
+       python benchmarks/finetune.py layouts [--processes 3] [--count 48] [--output DIR]
 
 gain: DIR holds train/ and val/, each with a folder for each class; FILE are weights of the network for other classes. Fine-tuning
 is the head on cached features and then everything; the rival is the same network from scratch, at the best of three learning
@@ -23,6 +24,10 @@ the control, which reads the same file into memory, has to fail under the same l
 
 overhead: seconds of a training step of ResNet-18 at 224 pixels by `deploykit finetune`, its progress bar on, and by a bare loop
 of PyTorch over the same batches, in fresh processes that alternate.
+
+layouts: seconds of a training step on this CPU of a network without depthwise convolutions and of one that is made of them, with
+channels first and last, in float32 and in bfloat16 by autocast; batches of 16 at 160 pixels, COUNT pictures an epoch, each in
+fresh processes in random order. `finetune.channels_last = "auto"` follows it.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import contextlib
 import json
 import os
 import pty
+import random
 import resource
 import subprocess
 import sys
@@ -59,12 +65,13 @@ from deploykit.recipe import FinetuneTable, ModelTable, PreprocessTable
 from deploykit.report import training
 
 RATES = (0.0003, 0.001, 0.003)
+ORDERS, NUMBERS = {"channels first": False, "channels last": True}, {"float32": False, "bfloat16": True}
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # two-sided, by the number of pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gain", "scratch", "features", "memory", "overhead"])
+    parser.add_argument("what", choices=["gain", "scratch", "features", "memory", "overhead", "layouts"])
     parser.add_argument("--images", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--network")
@@ -72,15 +79,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--count", type=int)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--processes", type=int, default=5, help="of each kind, for overhead")
+    parser.add_argument("--processes", type=int, default=5, help="of each kind, for overhead and layouts")
     parser.add_argument("--page", type=Path, help="where to leave the page of the first fine-tuning")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--kind", choices=["deploykit", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.kind:
-        one_overhead(arguments.kind, arguments.count)
+        if arguments.what == "layouts":
+            one_layout(arguments.network, arguments.kind, arguments.count)
+        else:
+            one_overhead(arguments.kind, arguments.count)
         return
-    {"gain": gain, "scratch": scratch, "features": features, "memory": memory, "overhead": overhead}[arguments.what](arguments)
+    every = {"gain": gain, "scratch": scratch, "features": features, "memory": memory, "overhead": overhead, "layouts": layouts}
+    every[arguments.what](arguments)
 
 
 def gain(arguments: argparse.Namespace) -> None:
@@ -223,6 +234,67 @@ def overhead(arguments: argparse.Namespace) -> None:
     write("finetune_overhead", {"seconds": seconds, "ratio": float(np.median(ratios))}, arguments.output)
 
 
+def layouts(arguments: argparse.Namespace) -> None:
+    kinds = [f"{order}, {number}" for order in ORDERS for number in NUMBERS]
+    seconds = {name: {kind: list[float]() for kind in kinds} for name in ("resnet18", "mobilenet_v2")}
+    chosen = random.Random(0)
+    for _ in range(arguments.processes):
+        runs = [(name, kind) for name in seconds for kind in kinds]
+        chosen.shuffle(runs)
+        for name, kind in runs:
+            command = [
+                sys.executable,
+                __file__,
+                "layouts",
+                "--network",
+                name,
+                "--kind",
+                kind,
+                "--count",
+                str(arguments.count or 48),
+            ]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            seconds[name][kind].append(float(said.split()[-1]))
+            print(name, kind, f"{seconds[name][kind][-1]:.3f} s a step", flush=True)
+    middles = {name: {kind: float(np.median(found)) for kind, found in each.items()} for name, each in seconds.items()}
+    for name, each in middles.items():
+        for kind, middle in each.items():
+            print(f"{name}, {kind}: {middle:.3f} s a step, {middle / each[kinds[0]]:.2f} times {kinds[0]}")
+    write("finetune_layouts", {"seconds": seconds, "medians": middles}, arguments.output)
+
+
+def one_layout(network: str, kind: str, count: int) -> None:
+    """Print seconds of a step at 160 pixels, batch 16, laid out and computed as `kind` says; the first step is not counted."""
+    order, number = kind.split(", ")
+    images = noise(count, side=160)
+    model = models.load(ModelTable(name=network, weights="none"), PreprocessTable(crop=160, resize=160))
+    model = models.with_classes(model, images.classes, seed=0)
+    table = FinetuneTable(epochs=1, batch=16, channels_last=ORDERS[order], autocast=NUMBERS[number], device="cpu")
+    print(step_seconds(model, images, table, count // 16 - 1))
+
+
+def noise(count: int, *, side: int) -> data.Images:
+    """Pictures in memory that are of two classes and show nothing."""
+    generator = np.random.default_rng(0)
+    pictures = tuple(generator.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count))
+    return data.Images(tuple(map(str, range(count))), np.arange(count) % 2, ("even", "odd"), (), "noise", pictures)
+
+
+def step_seconds(model: Model, images: data.Images, table: FinetuneTable, steps: int) -> float:
+    """Mean seconds of the last so many steps of a fine-tuning: from one step's end to another's, for evaluation and the saving of
+    an epoch are none of a bare loop's."""
+    moments: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
+
+        def seen(what: str, done: int, total: int) -> None:
+            if what.startswith("images"):
+                moments.append(perf_counter())
+            bars(what, done, total)
+
+        finetune.finetune(model, images, images.take(range(2)), table, Path(folder), scratch=Path(folder, "s"), progress=seen)
+    return (moments[-1] - moments[-steps - 1]) / steps
+
+
 def _last_number_on_a_terminal(command: list[str]) -> float:
     """The last line of standard output as a number; standard error is a terminal, so that bars are drawn."""
     ours, theirs = pty.openpty()
@@ -246,9 +318,7 @@ def _drained(terminal: int) -> None:
 
 def one_overhead(kind: str, count: int) -> None:
     """Print seconds of a step of ResNet-18 at 224 pixels, batch 16, over `count` pictures in memory, of the second epoch."""
-    generator = np.random.default_rng(0)
-    pictures = tuple(generator.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(count))
-    images = data.Images(tuple(map(str, range(count))), np.arange(count) % 2, ("even", "odd"), (), "noise", pictures)
+    images = noise(count, side=256)
     model = models.with_classes(models.load(ModelTable(name="resnet18", weights="none")), images.classes, seed=0)
     table = FinetuneTable(epochs=2, batch=16)
     moments: list[float] = []
@@ -267,17 +337,7 @@ def one_overhead(kind: str, count: int) -> None:
         moments.append(perf_counter())
         print((moments[2] - moments[1]) / (count / 16))
         return
-    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
-
-        def seen(what: str, done: int, total: int) -> None:
-            # The first step's end to the last's: evaluation and the saving of an epoch are none of the bare loop's either.
-            if what.startswith("images"):
-                moments.append(perf_counter())
-            bars(what, done, total)
-
-        finetune.finetune(model, images, images.take(range(2)), table, Path(folder), scratch=Path(folder, "s"), progress=seen)
-    steps = count // 16
-    print((moments[-1] - moments[-steps]) / (steps - 1))
+    print(step_seconds(model, images, table, count // 16 - 1))
 
 
 def epoch_seconds(network: str, pixels: int, images: data.Images, head: str, epochs: int, *, cached: bool) -> list[float]:

@@ -22,6 +22,7 @@ from deploykit.data import Images
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
 from deploykit.finetune import HISTORY, judging, loop
 from deploykit.finetune.augment import Augmented, mixed
+from deploykit.finetune.lesson import Lesson
 from deploykit.finetune.schedule import share_of_peak
 from deploykit.finetune.state import FILE
 from deploykit.models import Model
@@ -358,6 +359,26 @@ class TestOptions:
         assert "dropout is 0.3" in artifact.facts["notes"]
         with pytest.raises(UsageError, match="has no dropout layer"):
             train(tmp_path / "without", networks.model(nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), 16), dropout=0.3)
+
+    @pytest.mark.parametrize(
+        ("device", "groups", "autocast", "is_last"),
+        [
+            ("cpu", 1, False, False),
+            ("cpu", 4, False, True),
+            ("cpu", 1, True, False),
+            ("cuda", 4, False, False),
+            ("cuda", 1, True, True),
+        ],
+    )
+    def test_maps_lie_as_they_are_faster_unless_it_is_said_how(self, device, groups, autocast, is_last):
+        model = networks.model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=groups)), 16)
+
+        def layout(**asked: Any) -> torch.memory_format:
+            return Lesson(model, None, None, FinetuneTable(autocast=autocast, **asked), torch.device(device), None).layout
+
+        assert layout() is (torch.channels_last if is_last else torch.contiguous_format)
+        assert layout(channels_last=True) is torch.channels_last
+        assert layout(channels_last=False) is torch.contiguous_format
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_a_gpu_that_is_not_there_is_no_guess(self, tmp_path):

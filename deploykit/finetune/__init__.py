@@ -147,6 +147,7 @@ def _artifact(lesson: Lesson, history: list[Epoch], found: Verdict, sheets: list
             "val_images": len(lesson.held_out),
             "best_val_accuracy": max(epoch.val_accuracy for epoch in history),
             "device": str(lesson.device),
+            "channels_last": lesson.layout is torch.channels_last,
             "processes": lesson.processes.count,
             "augmentation": list(augment.names(lesson.settings)),
             "confusion": found.confusion,

@@ -89,6 +89,12 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
 
 
+def has_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution works on every channel alone."""
+    parts = (part for part in module.modules() if isinstance(part, nn.Conv2d))
+    return any(part.groups == part.in_channels > 1 for part in parts)
+
+
 def set_dropout(module: nn.Module, share: float) -> int:
     """Give every dropout layer this share; returns how many there are."""
     layers = [part for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd)]

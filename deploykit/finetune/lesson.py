@@ -90,8 +90,20 @@ class Lesson:
 
     def on_device(self, inputs: torch.Tensor) -> torch.Tensor:
         """Where the network is, and laid out as it is."""
-        layout = torch.channels_last if self.settings.channels_last and inputs.dim() == 4 else torch.contiguous_format
-        return inputs.to(self.device, memory_format=layout)
+        return inputs.to(self.device, memory_format=self.layout if inputs.dim() == 4 else torch.contiguous_format)
+
+    @cached_property
+    def layout(self) -> torch.memory_format:
+        """How maps lie in memory: as the settings say, or with "auto" as it is faster.
+
+        On a CPU channels come last for networks with depthwise convolutions: that is what was measured
+        (`python benchmarks/finetune.py layouts`). On a GPU with autocast: its tensor cores take halves in that order, and what
+        comes in another one is transposed (NVIDIA, Deep Learning Performance: Convolutional Layers); this was not measured.
+        """
+        asked = self.settings.channels_last
+        if asked == "auto":
+            asked = self.settings.autocast if self.device.type == "cuda" else layers.has_depthwise(self.model.module)
+        return torch.channels_last if asked else torch.contiguous_format
 
 
 def prepared(model: Model, settings: FinetuneTable, processes: Processes) -> Model:

@@ -39,8 +39,7 @@ def trained(lesson: Lesson) -> State:
     """
     module, settings, processes = lesson.model.module, lesson.settings, lesson.processes
     key = lesson.key  # of the weights as they are now
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    module.to(lesson.device).to(memory_format=layout)
+    module.to(lesson.device).to(memory_format=lesson.layout)
     start = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
     found = state.load(lesson.scratch, key) if lesson.scratch is not None and processes.is_first else None
     now: State = processes.told(found) or State()

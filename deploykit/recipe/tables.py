@@ -145,8 +145,8 @@ class FinetuneTable:
     mix: Literal["none", "mixup", "cutmix"] = setting("augmentation of a batch: two images and their labels in one", "none")
     device: Literal["auto", "cpu", "cuda"] = setting("where to train; auto: a GPU if there is one", "auto")
     autocast: bool = setting("compute in bfloat16 where that is safe; a CPU without its instructions is slower with it", False)
-    channels_last: bool = setting(
-        "keep channels last in memory; depthwise convolutions on a CPU may be several times faster or slower", False
+    channels_last: bool | Literal["auto"] = setting(
+        "keep channels last in memory; auto: on a CPU for networks with depthwise convolutions, on a GPU with autocast", "auto"
     )
     deterministic: bool = setting("refuse operations that have no deterministic implementation", False)
     show: tuple[str, ...] = setting(
