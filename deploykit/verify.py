@@ -22,7 +22,7 @@ from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
 from deploykit.quantize.sensitivity import decibels
 from deploykit.report import pictures, units
-from deploykit.report.text import REFERENCE
+from deploykit.report.units import REFERENCE
 from deploykit.runtimes import Session, onnxruntime, torchscript
 from deploykit.sources import NOISE
 

@@ -12,7 +12,6 @@ from deploykit.errors import DeploykitError
 from deploykit.gate import Rule, parse_rule
 from deploykit.report import units
 from deploykit.report.parts import Result
-from deploykit.report.text import REFERENCE
 
 _LISTED = 100
 _BISECT, _ANSWERS = "deploykit bisect ", "B answers like A"  # a note, and the gate that it is about
@@ -290,7 +289,7 @@ def _unlisted(compared: Iterable[Mapping[str, Any]]) -> int:
 
 def _is_on(label: str, rule: str) -> bool:
     """Whether a gate is about the engine of this label, or about its graph where there is no engine here."""
-    return rule.startswith((f"{label}: ", f"{label}{REFERENCE}: "))
+    return rule.startswith((f"{label}: ", f"{label}{units.REFERENCE}: "))
 
 
 def _flipped(cases: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _WIDTH = 110
 _LISTED = 5
-REFERENCE = " graph on the reference"
 _MARKS = {"pass": "pass", "fail": "FAIL", "cannot tell": "cannot tell"}
 
 
@@ -392,7 +391,7 @@ def _comparison(result: Mapping[str, Any]) -> Table:
     latency = {item["label"]: item for item in (result["benchmark"] or {}).get("engines", [])}
     engines = {engine["label"]: engine for engine in result["engines"]}
     for case in result["parity"]:
-        engine, timed = engines.get(case["label"].removesuffix(REFERENCE)), latency.get(case["label"])
+        engine, timed = engines.get(case["label"].removesuffix(units.REFERENCE)), latency.get(case["label"])
         realised = engine["realised"] if engine and engine["realised"] else None
         errors = case["quantization"]
         table.add_row(

@@ -7,6 +7,7 @@ from math import floor, isfinite, isinf, log10
 from typing import Any
 
 NOT_MEASURED = "not measured"
+REFERENCE = " graph on the reference"  # behind the label of an engine that cannot be built here
 
 _MEASURES = {
     "mean_iou": "mean IoU",
