@@ -16,6 +16,7 @@ from deploykit.benchmark.statistics import (
     median_interval,
     noise_floor,
     percentile_bound,
+    percentile_over,
 )
 
 few = settings(deadline=None, max_examples=20)
@@ -215,3 +216,30 @@ class TestPercentiles:
         missed = sum(percentile_bound(list(draw.random(queries)), 90) < 0.9 for _ in range(1000))
 
         assert missed <= 15
+
+
+class TestPercentilesOverProcesses:
+    def test_are_the_largest_of_the_processes_own_where_each_has_enough_queries(self):
+        fast, slow = list(range(1, 65)), list(range(1001, 1065))
+
+        assert percentile_over([fast, slow], 90) == (1064, False)
+
+    def test_are_of_the_queries_measured_where_one_process_has_too_few(self):
+        processes = [list(range(1, 64)), list(range(1001, 1065))]
+
+        assert percentile_over(processes, 90) == (percentile_bound([*processes[0], *processes[1]], 90), True)
+
+    def test_are_none_where_even_all_queries_are_too_few(self):
+        assert percentile_over([[5] * 30, [5] * 30], 90) == (None, False)
+
+    def test_of_processes_that_differ_hold_for_a_further_process_where_pooled_ones_do_not(self):
+        """One process in four is 20 % slower; of a slow one 90 % of the queries lie above what the pooled bound says."""
+        draw = np.random.default_rng(0)
+        processes = [list((1.2 if process % 4 == 0 else 1.0) * draw.normal(1000, 5, 200)) for process in range(4)]
+        pooled = percentile_bound([query for queries in processes for query in queries], 50)
+
+        bound, is_pooled = percentile_over(processes, 50)
+
+        assert not is_pooled
+        assert sum(query > pooled for query in processes[0]) == 200
+        assert sum(query > bound for query in processes[0]) < 100

@@ -420,6 +420,24 @@ def test_a_ratio_has_its_noise_floor_beside_it() -> None:
     assert "faster , ratio 0.704 (95 %: 0.691 to 0.718); noise floor 0.40 %" in Page(render(full_result())).text
 
 
+@pytest.mark.parametrize(
+    ("pooled", "told"),
+    [
+        ([], "its percentiles as upper bounds (99 %) of the slowest process; latency"),
+        (
+            ["p90", "p99"],
+            "its percentiles as upper bounds (99 %): p90 and p99 of the queries measured, as one process has too few",
+        ),
+    ],
+)
+def test_percentiles_say_what_they_are_of(pooled: list[str], told: str) -> None:
+    result = full_result()
+    for engine in result["benchmark"]["engines"]:
+        engine["percentiles_pooled"] = pooled
+
+    assert told in Page(render(result)).text
+
+
 def test_samples_beyond_the_axis_are_counted() -> None:
     result = full_result()
     result["benchmark"]["engines"][1]["latency_ns"][2][7] = 9_000_000

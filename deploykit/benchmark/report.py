@@ -13,7 +13,7 @@ from typing import Any
 from deploykit.artifact import Artifact
 from deploykit.benchmark import validity
 from deploykit.benchmark.conditions import Conditions
-from deploykit.benchmark.statistics import Difference, Interval, difference, median_interval, noise_floor, percentile_bound
+from deploykit.benchmark.statistics import Difference, Interval, difference, median_interval, noise_floor, percentile_over
 from deploykit.errors import UsageError
 from deploykit.machine import Machine
 from deploykit.runtimes import threads_of
@@ -149,8 +149,8 @@ class Measured:
         ]
 
     def percentile_ns(self, percentile: float) -> float | None:
-        """An upper bound of a percentile over the queries of all processes; None when they are too few to state one."""
-        return percentile_bound([query for process in self.processes for query in process.latency_ns], percentile)
+        """An upper bound of a percentile over all processes (`statistics.percentile_over`); None for too few queries."""
+        return percentile_over([process.latency_ns for process in self.processes], percentile)[0]
 
 
 @dataclass(frozen=True)

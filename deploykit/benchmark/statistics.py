@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf, lgamma, log
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Interval = tuple[float, float]
 
+STATED = (90, 95, 99)  # the percentiles of latency that reports state
 FEWEST_PROCESSES = 5  # below it a bootstrap has too few distinct resamples for a 95 % interval
 _RESAMPLES = 10_000
 _SPLITS = 2_000
@@ -95,6 +97,30 @@ def percentile_bound(queries: Sequence[float], percentile: float) -> float | Non
     """
     allowed = _allowed_above(len(queries), 1 - percentile / 100)
     return None if allowed < 1 else float(np.partition(np.asarray(queries, float), len(queries) - allowed)[-allowed])
+
+
+def percentile_over(processes: Sequence[Sequence[float]], percentile: float) -> tuple[float | None, bool]:
+    """An upper bound of a latency percentile from the queries of several processes, and whether they had to be pooled for it.
+
+    Queries of one process resemble each other more than those of two, so that pooled ones are no independent sample: a bound
+    from all of them holds at its 99 % for the queries measured, and not for a further process. Where each process has enough
+    queries for a bound of its own, the largest of these is stated instead.
+    """
+    each = [percentile_bound(queries, percentile) for queries in processes]
+    own = [bound for bound in each if bound is not None]
+    if own and len(own) == len(each):
+        return max(own), False
+    bound = percentile_bound([query for queries in processes for query in queries], percentile)
+    return bound, bound is not None
+
+
+def percentiles(processes: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """`percentile_over` of the percentiles that reports state, as JSON values: the bounds, and the names of pooled ones."""
+    found = {f"p{percent}": percentile_over(processes, percent) for percent in STATED}
+    return {
+        "percentiles_ns": {name: bound for name, (bound, _) in found.items()},
+        "percentiles_pooled": [name for name, (_, is_pooled) in found.items() if is_pooled],
+    }
 
 
 def _allowed_above(count: int, share: float) -> int:

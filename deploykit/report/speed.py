@@ -201,9 +201,10 @@ def _benchmark_table(engines: Sequence[Result]) -> Markup:
         )
         for engine in engines
     ]
+    percentiles = f"its percentiles as {units.percentiles_of(engines)}"
     return table(
-        "The same in numbers: compute latency, an upper bound (99 %) of its percentiles, latency with the copies to and from the "
-        "device, images per second, time to load, first inference, memory of the whole process, size on disk",
+        f"The same in numbers: compute latency, {percentiles}; latency with the copies to and from the device, images per "
+        "second, time to load, first inference, memory of the whole process, size on disk",
         columns,
         rows,
     )

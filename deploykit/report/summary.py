@@ -368,7 +368,8 @@ def _latencies(measured: Result) -> Table:
         )
         for engine in measured.get("engines", ())
     ]
-    return Table("Latency", ("engine", "median", "95 %", "p90 at most", "p99 at most"), tuple(rows))
+    title = f"Latency (percentiles: {units.percentiles_of(measured.get('engines', ()))})"
+    return Table(title, ("engine", "median", "95 %", "p90 at most", "p99 at most"), tuple(rows))
 
 
 def _ratios(measured: Result) -> Table:

@@ -123,6 +123,7 @@ def benchmark(result: Mapping[str, Any]) -> str:
         f"{f' ({again} disturbed ones were measured again)' if again else ''}.\n"
         "copied: with the copies to and from the device. images/s: offline. MiB: beyond the empty process."
     )
+    parts.append(f"percentiles: {units.percentiles_of(result['engines'])}")
     parts += _served(result["engines"], scenario)
     parts += _board(result.get("board"))
     energies = [f"{engine['label']} {engine['energy_mj']:.3g} mJ" for engine in result["engines"] if engine.get("energy_mj")]
@@ -200,9 +201,8 @@ def _trtexec(result: Mapping[str, Any]) -> str:
             f"{engine['per_second']:,.4g}",
         )
     parts: list[Table | str] = [table]
-    parts.append(
-        "median, p90 and p99: GPU compute time, percentiles as upper bounds (99 %). with copies, their p99: trtexec's latency"
-    )
+    parts.append(f"median, p90 and p99: GPU compute time; percentiles: {units.percentiles_of(result['engines'])}")
+    parts.append("with copies, their p99: trtexec's latency")
     parts.append("under what conditions trtexec ran is not in its files")
     parts += [_gates(result["gates"])] * bool(result["gates"])
     parts.append(f"the run is {result['verdict']}")

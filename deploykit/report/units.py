@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, isfinite, isinf, log10
 from typing import Any
 
@@ -141,6 +141,16 @@ def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]
 
 def _minus(text: str) -> str:
     return text.replace("-", _MINUS)
+
+
+def percentiles_of(engines: Iterable[Mapping[str, Any]]) -> str:
+    """What bounds of percentiles are about: the slowest process, or only the queries that were measured."""
+    known = {name for engine in engines for name in engine.get("percentiles_pooled") or ()}
+    pooled = [name for name in ("p90", "p99") if name in known]
+    if not pooled:
+        return "upper bounds (99 %) of the slowest process"
+    which = f"{' and '.join(pooled)} of the queries measured, as one process has too few"
+    return f"upper bounds (99 %): {which} (a p90 takes 64, p95 130, p99 662), else of the slowest process"
 
 
 def told(ratio: Mapping[str, Any], benchmark: Mapping[str, Any]) -> str:

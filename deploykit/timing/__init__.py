@@ -26,7 +26,7 @@ from deploykit.benchmark.judge import (
 )
 from deploykit.benchmark.report import BenchmarkReport, Measured, about, images_per_query
 from deploykit.benchmark.scenarios import SINGLE_STREAM, Scenario
-from deploykit.benchmark.statistics import Difference, median_interval
+from deploykit.benchmark.statistics import Difference, median_interval, percentiles
 from deploykit.build import Engine
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, GateResult, Rule, Verdict, worst
@@ -37,7 +37,6 @@ from deploykit.publish import UNFINISHED, why_not_writable
 from deploykit.recipe import BenchmarkTable
 from deploykit.telemetry import board
 
-_PERCENTILES = (90, 95, 99)
 _SAMPLES = 8
 
 
@@ -346,7 +345,7 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
         "median_ns": found.median_ns,
         "interval_ns": list(report.median_interval_ns(found.label)),
         "end_to_end_ns": found.end_to_end_ns,
-        "percentiles_ns": {f"p{percentile}": found.percentile_ns(percentile) for percentile in _PERCENTILES},
+        **percentiles([process.latency_ns for process in ran]),
         "offline": [{"batch": batch, "per_second": per_second} for batch, per_second in found.per_second.items()],
         "load_ns": [process.load_ns for process in ran],
         "first_ns": [process.first_ns for process in ran],

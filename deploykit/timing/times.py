@@ -9,13 +9,12 @@ from statistics import median
 from typing import Any
 
 from deploykit.benchmark import trtexec, validity
-from deploykit.benchmark.statistics import FEWEST_PROCESSES, median_interval, percentile_bound
+from deploykit.benchmark.statistics import FEWEST_PROCESSES, STATED, median_interval, percentiles
 from deploykit.benchmark.trtexec import Times
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, GateResult, Rule, Timing, judge_time, worst
 from deploykit.jsonable import to_json
 
-_PERCENTILES = (90, 95, 99)
 # Who else ran on that machine, and what its clock did, is not in the files; nor is the machine, which may be another than this.
 _UNKNOWN = "of unknown conditions"
 
@@ -78,7 +77,7 @@ def _judged(rule: Rule, label: str, found: Sequence[Times]) -> GateResult:
 
 def _engine(label: str, found: Sequence[Times]) -> dict[str, Any]:
     """trtexec's own figures over all queries, and the bound of a percentile that is stated elsewhere, too."""
-    compute, copied = ([ns for times in found for ns in getattr(times, key)] for key in ("compute_ns", "copied_ns"))
+    copied = [ns for times in found for ns in times.copied_ns]
     interval = median_interval([times.median_ns for times in found], seed=0) if len(found) >= FEWEST_PROCESSES else None
     return {
         "label": label,
@@ -86,7 +85,7 @@ def _engine(label: str, found: Sequence[Times]) -> dict[str, Any]:
         "median_ns": median(times.median_ns for times in found),
         "interval_ns": None if interval is None else list(interval),
         "copied_ns": median(copied),
-        "percentiles_ns": {f"p{percent}": percentile_bound(compute, percent) for percent in _PERCENTILES},
-        "trtexec_percentiles_ns": {f"p{percent}": trtexec.percentile(copied, percent) for percent in _PERCENTILES},
+        **percentiles([times.compute_ns for times in found]),
+        "trtexec_percentiles_ns": {f"p{percent}": trtexec.percentile(copied, percent) for percent in STATED},
         "per_second": median(times.per_second for times in found),
     }
