@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from deploykit import benchmark, build
 from deploykit.artifact import Artifact, read_artifact, write_manifest
-from deploykit.benchmark import judge
+from deploykit.benchmark import conditions, judge
 from deploykit.benchmark.report import BenchmarkReport, about
 from deploykit.benchmark.scenarios import (
     SEARCH_QUERIES,
@@ -241,8 +241,40 @@ class TestInstances:
         with pytest.raises(UsageError, match="no query ended within"):
             side_by_side(Session(clock, 100), [ONE], 25, seconds=50e-9, clock=clock)
 
+    def test_have_no_more_cores_than_a_containers_quota_allows(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+        monkeypatch.setattr(benchmark, "available_cores", lambda: 3)
+
+        assert benchmark.cores_of_instances(3) == [[0], [1], [2]]
+        with pytest.raises(UsageError, match=r"4 instances want as many cores\n  why: this process may use 3"):
+            benchmark.cores_of_instances(4)
+
+    @pytest.mark.parametrize("file", ["cpu_capacity", "cpufreq/cpuinfo_max_freq"])
+    def test_are_refused_on_cores_of_several_kinds(self, monkeypatch, tmp_path, file):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+        monkeypatch.setattr(benchmark, "available_cores", lambda: 4)
+        for core, speed in enumerate((1024, 990, 446, 446)):
+            path = tmp_path / f"sys/devices/system/cpu/cpu{core}" / file
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{speed}\n")
+
+        with pytest.raises(UsageError, match="cores of several kinds") as refused:
+            benchmark.cores_of_instances(2, root=tmp_path)
+        assert "cores 0,1 are faster than 2,3 (1024 and 446 by the kernel)" in str(refused.value)
+        assert "taskset --cpu-list 0,1" in str(refused.value)
+        assert benchmark.cores_of_instances(1, root=tmp_path) == [[0, 1, 2, 3]]
+        monkeypatch.setattr(benchmark, "available_cores", lambda: 2)
+        assert benchmark.cores_of_instances(2, root=tmp_path) == [[0], [1]]
+
+    def test_speeds_of_cores_are_recorded_with_what_was_measured(self, engine, tmp_path):
+        report = benchmark.benchmark({"a": engine}, processes=1, seed=0, **SHORT)
+
+        assert report.settings["core_speeds"] == conditions.core_speeds(sorted(os.sched_getaffinity(0)))
+        assert conditions.core_speeds([0], tmp_path) == []
+
     def test_have_cores_of_their_own_and_as_many_each(self, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 3, 5, 0, 1})
+        monkeypatch.setattr(benchmark, "available_cores", lambda: 5)
 
         assert benchmark.cores_of_instances(2) == [[0, 1], [3, 5]]
         with pytest.raises(UsageError, match="6 instances want as many cores"):

@@ -25,12 +25,12 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from deploykit.artifact import Artifact
-from deploykit.benchmark import validity
+from deploykit.benchmark import conditions, validity
 from deploykit.benchmark.report import BenchmarkReport, Process, about
 from deploykit.benchmark.scenarios import SINGLE_STREAM, Scenario
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.jsonable import to_json
-from deploykit.machine import Machine
+from deploykit.machine import Machine, available_cores
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import KernelTime
 
@@ -42,6 +42,9 @@ _IS_ZIPAPP = _HERE.suffix == ".pyz"
 CHILD = "benchmark-process"
 _COMMAND = [sys.executable, str(_HERE), CHILD] if _IS_ZIPAPP else [sys.executable, "-m", "deploykit.benchmark.process"]
 _PLACE = _HERE.parent if _IS_ZIPAPP else _HERE
+_ROOT = Path("/")
+# Favoured cores of one kind clock a few per cent higher; those of another kind are slower by a quarter and more.
+_SAME_KIND = 1.2
 _HEAD_START_NS = 50_000_000  # from the word to the start: enough for all instances to hear it
 
 
@@ -92,16 +95,41 @@ def benchmark(
             again_at_most -= 1
     progress("benchmark", len(order), len(order))
     settings = {**request, "processes": processes, "seed": seed, "engines": {label: about(e) for label, e in engines.items()}}
+    settings["core_speeds"] = conditions.core_speeds(sorted(os.sched_getaffinity(0)))
     return BenchmarkReport(tuple(found), baseline, settings, Machine.probe())
 
 
-def cores_of_instances(instances: int) -> list[list[int]]:
-    """The cores of each instance: neighbours, as many for each. Raises UsageError when there are more instances than cores."""
-    cores = sorted(os.sched_getaffinity(0))
+def cores_of_instances(instances: int, *, root: Path = _ROOT) -> list[list[int]]:
+    """The cores of each instance: neighbours, as many for each, and no more in all than a container's quota allows.
+
+    Raises UsageError when there are more instances than cores, and for several instances on cores of several kinds.
+    """
+    cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     each = len(cores) // instances
     if not each:
         raise UsageError(f"{instances} instances want as many cores", why=f"this process may use {len(cores)}")
-    return [cores[number * each : (number + 1) * each] for number in range(instances)]
+    groups = [cores[number * each : (number + 1) * each] for number in range(instances)]
+    if instances > 1:
+        _check_one_kind([core for group in groups for core in group], root)
+    return groups
+
+
+def _check_one_kind(cores: Sequence[int], root: Path) -> None:
+    """Raise UsageError where instances would not be alike, as some of their cores are of a faster kind than others."""
+    speeds = conditions.core_speeds(cores, root)
+    if not speeds or max(speeds) <= _SAME_KIND * min(speeds):
+        return
+    fast = [core for core, speed in zip(cores, speeds, strict=True) if max(speeds) <= _SAME_KIND * speed]
+    slow = [core for core in cores if core not in fast]
+    raise UsageError(
+        "instances would run on cores of several kinds, so that they were not alike",
+        why=f"cores {_listed(fast)} are faster than {_listed(slow)} ({max(speeds)} and {min(speeds)} by the kernel)",
+        fix=f"taskset --cpu-list {_listed(fast)} deploykit benchmark ..., or another list of one kind",
+    )
+
+
+def _listed(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
 
 
 def profile(engine: Artifact, model: Artifact, *, queries: int = 20) -> list[KernelTime]:

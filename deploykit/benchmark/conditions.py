@@ -150,6 +150,17 @@ def fixed_work(cores: int) -> int:
     return min(rounds)
 
 
+def core_speeds(cores: Iterable[int], root: Path = _ROOT) -> list[int]:
+    """How fast each core is beside the others: its capacity, as kernels with cores of several kinds have it, else its highest
+    clock in kHz. Empty where this system tells neither for all of them."""
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        found = [_number(root / f"sys/devices/system/cpu/cpu{core}/{name}") for core in cores]
+        known = [speed for speed in found if speed]
+        if known and len(known) == len(found):
+            return known
+    return []
+
+
 def peak_bytes(root: Path = _ROOT) -> int:
     """The most memory this process has held so far.
 
