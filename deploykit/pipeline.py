@@ -48,6 +48,7 @@ _TOOLS = (
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
 )
 _UNFINISHED_TRAINING = "finetune.epochs"  # what a training that is killed goes on from
+_LAYERS = "layers.json"  # beside the benchmark: nanoseconds of each layer, by engine
 _PROBED = 32  # calibration images on which weights are rounded and the noise of INT8 is measured
 
 
@@ -76,13 +77,24 @@ def run(
         linted = _lint(recipe, models)
         engines = [engine for model in models for engine in _build(work, model)]
         compared = _verify(work, exports, engines)
-        timed = _benchmark(work, engines)
+        timed, layer_ns = _benchmark(work, engines)
 
         measured = None if timed is None else timing.of_run(timed, engines)
         rules_here = [rule for rule in recipe.rules if rule not in recipe.left_to_the_device]
         gates = [*compared["gates"], *map(to_json, timing.judge_run(rules_here, engines, timed))]
         chosen = None if recipe.build.keep == "all" else _fastest(work, engines, timed, gates)
-        found = result(work.made, work.stages, engines, compared, measured, gates, fastest=chosen, recipe=recipe, command=command)
+        found = result(
+            work.made,
+            work.stages,
+            engines,
+            compared,
+            measured,
+            gates,
+            layer_ns,
+            fastest=chosen,
+            recipe=recipe,
+            command=command,
+        )
         found["out"], found["report"] = printable(out), printable(out / REPORT)
         found["device"] = left = device.left(recipe, engines, out, linted, exit_code=found["exit_code"])
         publish.write_file(out / RESULT, json.dumps(found, indent=1).encode())
@@ -496,27 +508,29 @@ def _verify(work: Work, exports: Sequence[Artifact], engines: Sequence[Engine]) 
     return cast(Mapping[str, Any], json.loads(made.path.read_text()))
 
 
-def _benchmark(work: Work, engines: Sequence[Engine]) -> BenchmarkReport | None:
-    """Latency and throughput of every engine that could be built here."""
+def _benchmark(work: Work, engines: Sequence[Engine]) -> tuple[BenchmarkReport | None, Mapping[str, Mapping[str, float]]]:
+    """Latency and throughput of every engine that could be built here, and the time of their layers, where they tell it."""
     settings = work.recipe.benchmark
     built = {engine.label: engine.built for engine in engines if engine.built is not None}
     if not settings.enabled or not built:
-        return None
+        return None, {}
 
     def make(folder: Path) -> Artifact:
         report = benchmark.benchmark(built, **settings.measured(), progress=work.progress)
         judge.save(report, folder / "benchmark.json")
+        pairs = {engine.label: (engine.built, engine.model) for engine in engines if engine.built is not None}
+        publish.write_file(folder / _LAYERS, json.dumps(benchmark.layer_times(pairs)).encode())
         summary = "; ".join(f"{engine.label} {engine.median_ns / 1e6:.3f} ms" for engine in report.engines)
         return _report_artifact(next(iter(built.values())), "benchmark", f"{summary}; {report.verdict}", folder)
 
     made = work.stage(
         "benchmark",
         make,
-        settings=[settings, Machine.probe().identity],
+        settings=[settings, Machine.probe().identity, _LAYERS],
         parents=[engine.identity for engine in built.values()],
         summary=lambda made: str(made.facts["summary"]),
     )
-    return judge.load(made.path)
+    return judge.load(made.path), json.loads((made.folder / _LAYERS).read_bytes())
 
 
 def _fastest(

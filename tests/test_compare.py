@@ -392,6 +392,9 @@ class TestTheCommand:
         assert result.read_bytes() == before
 
     def test_compares_real_runs(self, deploykit, finished, tmp_path):
+        timed = [engine["realised"]["layers"] for engine in json.loads(finished.outcome.out)["engines"]]
+        assert all(layer["ns"] > 0 for layers in timed for layer in layers)
+
         outcome = deploykit("compare", finished.folder, finished.folder, "--output", tmp_path / "page.html", "--json")
 
         assert outcome.code == 0, outcome.err

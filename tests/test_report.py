@@ -213,6 +213,7 @@ def deep_result(layers: int = 120) -> dict[str, Any]:
     result["gates"][1] |= {"verdict": "fail", "interval": [1.02, 2.41], "observed": 1.7}
     long = "features.5.12.block.3.0/Conv_output_quantized_with_a_very_long_name_that_has_no_place_to_break"
     rows = [_layer(f"{long}.{index}", "Conv", "int8" if index % 9 else "fp32", "QLinearConv") for index in range(layers)]
+    rows = [row | {"ns": 1000.0 * index - 500 if index else None} for index, row in enumerate(rows)]
     result["engines"][1]["realised"]["layers"] = rows
     result["engines"][1]["search"] = _search([row["name"] for row in rows])
     result["parity"] = [result["parity"][0] | {"label": f"openvino int8, variant {number}"} for number in range(3)]
@@ -436,6 +437,22 @@ def test_percentiles_say_what_they_are_of(pooled: list[str], told: str) -> None:
         engine["percentiles_pooled"] = pooled
 
     assert told in Page(render(result)).text
+
+
+def test_a_layer_has_its_time_and_the_error_of_its_weights_alone_where_they_were_measured() -> None:
+    result = full_result()
+    result["engines"][1]["realised"]["layers"][2]["ns"] = None
+    result["engines"][1]["search"]["errors"]["weights"].pop("fc2")
+
+    cells = Page(render(result)).cells
+    rows = [cells[place : place + 6] for place, cell in enumerate(cells) if cell in ("conv1", "fc1", "fc2")]
+
+    assert ["Layer", "Operator", "Precision", "Kernel", "Time", "SQNR of its weights alone"] in [
+        cells[place : place + 6] for place, cell in enumerate(cells) if cell == "Layer"
+    ]
+    assert ["conv1", "Conv", "fp32", "QLinearConv", "12.3 µs", "25.4 dB"] in rows
+    assert ["fc1", "Gemm", "int8", "QGemm", "not measured", "25.4 dB"] in rows
+    assert ["fc2", "Gemm", "int8", "QGemm", "12.3 µs", "not measured"] in rows
 
 
 def test_samples_beyond_the_axis_are_counted() -> None:
@@ -786,6 +803,10 @@ class TestInABrowser:
         act = """
             const tables = inside.querySelectorAll("table.explore"), table = tables[tables.length - 1];
             table.querySelectorAll("th button")[0].click(); table.querySelectorAll("th button")[0].click();
+            const times = () => [...table.tBodies[0].rows].map((row) => row.cells[4].textContent.replace("\u00a0", " "));
+            table.querySelectorAll("th button")[4].click();
+            say("fastest " + times().slice(0, 3).join(", ") + "; slowest " + times().at(-1));
+            table.querySelectorAll("th button")[0].click(); table.querySelectorAll("th button")[0].click();
             const input = table.parentElement.previousElementSibling.querySelector("input");
             input.value = "CONV fp32"; input.dispatchEvent(new Event("input"));
             say("first " + table.tBodies[0].rows[0].cells[0].textContent.slice(-4));
@@ -795,6 +816,7 @@ class TestInABrowser:
         dom, log = _open_in_frame(chromium, tmp_path, widths=(800,), act=act)
 
         assert "first k.29" in dom  # numbers in names sort as numbers
+        assert "fastest not measured, 500 ns, 1.50 µs; slowest 28.5 µs" in dom  # and what was measured by its size
         assert "shown 4 of 30" in dom
         assert "CONSOLE" not in log
 
@@ -906,7 +928,7 @@ def _search(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _layer(name: str, op: str, precision: str, kernel: str) -> dict[str, Any]:
-    return {"name": name, "op": op, "precision": precision, "kernel": kernel, "why": ""}
+    return {"name": name, "op": op, "precision": precision, "kernel": kernel, "why": "", "ns": 12_345.0}
 
 
 def _error(max_abs: float, relative: float, sqnr: float, *, images: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import timings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploykit import benchmark, build
+from deploykit import benchmark, build, runtimes
 from deploykit.artifact import Artifact, read_artifact, write_manifest
 from deploykit.benchmark import conditions, judge
 from deploykit.benchmark.report import BenchmarkReport, about
@@ -361,6 +362,19 @@ class TestFreshProcesses:
 
         with pytest.raises(DeploykitError, match=r"exit code 1\n  why: .*is not a deploykit artifact"):
             benchmark.benchmark({"a": lost}, processes=1, seed=0, **SHORT, scenario=Scenario(instances=2))
+
+    def test_tell_the_time_of_every_layer_of_engines_whose_runtime_tells_it(self, engine, portable, tmp_path):
+        folder = shutil.copytree(portable("lenet5").folder, tmp_path / "model")
+        model = write_manifest(folder, replace(portable("lenet5"), path=folder / "model.onnx"))
+        silent = replace(engine, facts={**engine.facts, "runtime": "openvino"})
+
+        found = benchmark.layer_times({"a": (engine, model), "b": (silent, model)}, queries=1)
+
+        layers = {layer.name for layer in runtimes.get("onnxruntime").realised(engine, model).layers}
+        assert found.keys() == {"a"}
+        assert layers <= found["a"].keys()
+        assert min(found["a"].values()) > 0
+        assert benchmark.layer_times({"b": (silent, model)}) == {}
 
     def test_threads_that_wait_for_each_other_are_no_disturbance(self, engine):
         report = benchmark.benchmark({"a": engine}, processes=1, seed=0, **SHORT, scenario=Scenario("multi-stream", streams=2))

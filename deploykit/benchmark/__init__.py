@@ -24,6 +24,7 @@ from statistics import median
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from deploykit import runtimes
 from deploykit.artifact import Artifact
 from deploykit.benchmark import conditions, validity
 from deploykit.benchmark.report import BenchmarkReport, Process, about
@@ -137,8 +138,32 @@ def profile(engine: Artifact, model: Artifact, *, queries: int = 20) -> list[Ker
 
     Raises DeploykitError with what the process printed when it fails.
     """
-    folders = {"engine": str(engine.folder.absolute()), "model": str(model.folder.absolute())}
-    return [KernelTime(**kernel) for kernel in _in_fresh_process({**folders, "profile": queries})["kernels"]]
+    (kernels,) = _profiled([(engine, model)], queries)
+    return kernels
+
+
+def layer_times(engines: Mapping[str, tuple[Artifact, Artifact]], *, queries: int = 20) -> dict[str, dict[str, float]]:
+    """Nanoseconds of every layer of engines by label, each with the graph that it was built from: what all kernels take together
+    that compute it. Engines of runtimes that do not tell are left out.
+
+    One fresh process runs them one after the other. A kernel is slower while it is timed, so a sum of these is no latency.
+    Raises DeploykitError with what the process printed when it fails.
+    """
+    telling = {label: pair for label, pair in engines.items() if runtimes.REGISTRY[str(pair[0].facts["runtime"])].profiles}
+    if not telling:
+        return {}
+    found: dict[str, dict[str, float]] = {label: {} for label in telling}
+    for times, kernels in zip(found.values(), _profiled(list(telling.values()), queries), strict=True):
+        for kernel in kernels:
+            if kernel.source:
+                times[kernel.source] = times.get(kernel.source, 0.0) + kernel.ns
+    return found
+
+
+def _profiled(pairs: Sequence[tuple[Artifact, Artifact]], queries: int) -> list[list[KernelTime]]:
+    folders = [[str(found.folder.absolute()) for found in pair] for pair in pairs]
+    answer = _in_fresh_process({"engines": folders, "profile": queries})
+    return [[KernelTime(**kernel) for kernel in kernels] for kernels in answer["kernels"]]
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,16 +44,17 @@ READY = "ready"  # what a process says that starts to measure when the others do
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked for: a measurement, or with `request["profile"]`, a number of queries, the time of every kernel."""
-    return profile(request) if "profile" in request else measure(request)
+    if "profile" not in request:
+        return measure(request)
+    return {"kernels": [profile(*map(Path, pair), queries=request["profile"]) for pair in request["engines"]]}
 
 
-def profile(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The kernels of the engine in the folder `request["engine"]`, which was built from the model in `request["model"]`."""
-    engine, model = (read_artifact(Path(request[key])) for key in ("engine", "model"))
+def profile(engine_folder: Path, model_folder: Path, *, queries: int) -> list[Any]:
+    """The kernels of the engine in one folder, which was built from the model in the other, as JSON values."""
+    engine, model = read_artifact(engine_folder), read_artifact(model_folder)
     runtime = cast(runtimes.ProfilingRuntime, runtimes.get(str(engine.facts["runtime"])))
     inputs = _batches_of(engine.samples(), images_per_query(engine))[0]
-    kernels = runtime.profile(engine, model, inputs, queries=request["profile"])
-    return {"kernels": [to_json(kernel) for kernel in kernels]}
+    return [to_json(kernel) for kernel in runtime.profile(engine, model, inputs, queries=queries)]
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:

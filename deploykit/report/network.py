@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import isfinite, log10
 from typing import Any
 
 from deploykit.report import charts, noise, units
 from deploykit.report.charts import Line
 from deploykit.report.markup import Child, Markup, element
-from deploykit.report.parts import Column, Result, absent, facts, figure, folded, notice, reason_of, table, words_of
+from deploykit.report.parts import Cell, Column, Result, absent, facts, figure, folded, notice, reason_of, table, words_of
 
 _MANY = 5
 
@@ -190,24 +190,42 @@ def _layers_of(engine: Result) -> Child:
     """The layers as the engine reports them after its own fusions."""
     label, realised = words_of(engine.get("label"), "engine"), engine.get("realised") or {}
     heading = element("h3", label)
-    rows: list[tuple[str, ...]] = [
+    noise: Result = ((engine.get("search") or {}).get("errors") or {}).get("weights") or {}
+    rows: list[tuple[str | Cell, ...]] = [
         (
             words_of(layer.get("name"), "unnamed"),
             words_of(layer.get("op"), "unknown"),
             words_of(layer.get("precision"), "unknown"),
             words_of(layer.get("kernel"), "unknown"),
+            _measured(layer.get("ns"), units.duration),
+            _measured(_alone(noise.get(layer.get("name"))), units.decibels),
             words_of(layer.get("why"), "\N{EN DASH}"),
         )
         for layer in realised.get("layers") or ()
     ]
     if not rows:
         return [heading, absent("Layers", "this runtime does not tell")]
-    columns = [Column("Layer"), Column("Operator"), Column("Precision"), Column("Kernel")]
+    columns = [Column("Layer"), Column("Operator"), Column("Precision"), Column("Kernel"), Column("Time", numeric=True)]
+    columns.append(Column("SQNR of its weights alone", numeric=True))
     if any(layer.get("why") for layer in realised["layers"]):
         columns.append(Column("Why it stayed in float"))
     else:
         rows = [row[:-1] for row in rows]
-    return [heading, _counts(realised), table(f"Layers of {label}", columns, rows, explore=True)]
+    how = "a kernel is slower while it is timed, so times add up to more than the latency; the SQNR is that of the output with "
+    caption = f"Layers of {label}: {how}the weights of this layer alone in int8, less is worse"
+    return [heading, _counts(realised), table(caption, columns, rows, explore=True)]
+
+
+def _measured(value: float | None, unit: Callable[[float], str]) -> Cell:
+    """A number that sorts by its size; what was not measured comes before all of them."""
+    if value is None or not isfinite(value):
+        return Cell(units.NOT_MEASURED, -1e9)
+    return Cell(unit(value), value)
+
+
+def _alone(power: float | None) -> float | None:
+    """Decibels of a noise power at the output, of which a signal has 1; None where none was measured, or there is none."""
+    return -10 * log10(power) if power else None
 
 
 def _counts(realised: Result) -> list[Child]:

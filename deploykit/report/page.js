@@ -2,8 +2,12 @@
 // Sorting and filtering of long tables. Without this script they are plain tables, complete and in order.
 for (const table of document.querySelectorAll("table.explore")) {
   const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
-  const key = (row, column) => row.cells[column].dataset.order ?? row.cells[column].textContent;
-  const compare = new Intl.Collator("en", { numeric: true }).compare;
+  const text = new Intl.Collator("en", { numeric: true }).compare;
+  const compare = (a, b, column) => {
+    const [one, other] = [a.cells[column], b.cells[column]];
+    const isNumber = "order" in one.dataset && "order" in other.dataset;
+    return isNumber ? one.dataset.order - other.dataset.order : text(one.textContent, other.textContent);
+  };
 
   heads.forEach((head, column) => {
     const button = document.createElement("button");
@@ -13,7 +17,7 @@ for (const table of document.querySelectorAll("table.explore")) {
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-      body.append(...[...rows].sort((a, b) => sign * compare(key(a, column), key(b, column))));
+      body.append(...[...rows].sort((a, b) => sign * compare(a, b, column)));
     });
   });
 

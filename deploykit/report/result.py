@@ -36,12 +36,14 @@ def result(
     compared: Mapping[str, Any],
     measured: Mapping[str, Any] | None,
     gates: Sequence[Mapping[str, Any]],
+    layer_ns: Mapping[str, Mapping[str, float]],
     *,
     fastest: Mapping[str, Any] | None = None,
     recipe: Recipe,
     command: str,
 ) -> dict[str, Any]:
-    """Bring everything together. `made` maps stages to artifacts; `gates` are all that were judged; `fastest` says which engine
+    """Bring everything together. `made` maps stages to artifacts; `gates` are all that were judged; `layer_ns` holds the
+    time of layers by engine, where it was measured; `fastest` says which engine
     was kept, where only one was wanted.
 
     `exit_code` is 0, 3 when a gate failed, or 5 when one cannot be decided.
@@ -71,7 +73,7 @@ def result(
         "finetune": _finetune(made["finetune"]) if "finetune" in made else None,
         "exports": [_export(found) for found in (*exports, *portable)],
         "calibration": _calibration(recipe, made["calibrate"]) if "calibrate" in made else None,
-        "engines": [_engine(engine, recipe) for engine in engines],
+        "engines": [_engine(engine, recipe, layer_ns.get(engine.label, {})) for engine in engines],
         "parity": compared["parity"],
         "evaluated_on": compared["evaluated_on"],
         "gates": list(gates),
@@ -132,11 +134,11 @@ def _export(found: Artifact) -> dict[str, Any]:
     }
 
 
-def _engine(engine: Engine, recipe: Recipe) -> dict[str, Any]:
+def _engine(engine: Engine, recipe: Recipe, layer_ns: Mapping[str, float]) -> dict[str, Any]:
     made = engine.built or engine.model
     realised = None
     if engine.realised is not None:
-        layers = [to_json(layer) for layer in engine.realised.layers]
+        layers = [{**asdict(layer), "ns": layer_ns.get(layer.name)} for layer in engine.realised.layers]
         int8, total = engine.realised.int8, len(layers)
         realised = {"int8": int8, "total": total, "kernels": dict(engine.realised.kernels), "layers": layers}
     return {
