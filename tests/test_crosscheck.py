@@ -394,7 +394,35 @@ class TestStrangersFiles:
         one = stranger(tmp_path / "one.onnx", name="a", more=("b",))
         other = stranger(tmp_path / "other.onnx", name="a", more=("c",))
 
-        assert "inputs: A has a, b; B has a, c; several are matched by their names alone" in problems(one, other)
+        told = problems(one, other)
+
+        assert "inputs: A has a, b; B has a, c; several are matched by their names alone" in told
+        assert "--by-position, if they come in the same order" in told
+
+    def test_with_several_inputs_are_matched_by_position_when_the_user_says_so(self, tmp_path):
+        """Both use their first input; by name it would be A's first and B's second."""
+        one = stranger(tmp_path / "one.onnx", name="a", more=("b",))
+        for names in (("c", "d"), ("b", "a")):
+            other = stranger(tmp_path / "other.onnx", name=names[0], more=names[1:])
+
+            found = compare_two(one, other, Said(by_position=True))
+
+            assert (found["exit_code"], found["outputs"][0]["identical"]) == (0, True)
+
+    def test_that_differ_in_number_or_shape_have_no_positions(self, tmp_path, theirs):
+        one = stranger(tmp_path / "one.onnx", name="a", more=("b",))
+        large = stranger(tmp_path / "large.onnx", name="c", more=("d",), shape=("n", 3, SIZE, 2 * SIZE))
+
+        assert "inputs: A has 2, B has 1, so that no position tells" in problems(one, theirs, by_position=True)
+        assert "shapes: " in problems(one, large, by_position=True)
+        assert "--by-position: each side has one input and one output" in problems(theirs, theirs, by_position=True)
+
+    def test_are_matched_by_position_on_the_command_line(self, tmp_path, deploykit):
+        one = stranger(tmp_path / "one.onnx", name="a", more=("b",))
+        other = stranger(tmp_path / "other.onnx", name="c", more=("d",))
+
+        assert deploykit("parity", one, other).code == 2
+        assert deploykit("parity", one, other, "--by-position").code == 0
 
     def test_that_are_no_onnx_are_one_clear_error(self, theirs, tmp_path):
         bad = tmp_path / "bad.onnx"

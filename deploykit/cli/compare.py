@@ -15,9 +15,13 @@ from deploykit.cli.options import argument_option, arguments_of, json_option, pa
 from deploykit.errors import UsageError, printable
 from deploykit.gate import Rule, parse_rule
 
-_OF_TWO_SIDES = {"model__weights": "--weights", "gates": "--gate", "layouts": "--layout", "words": "--arg"} | {
-    name: f"--{name}" for name in ("labelled", "tolerance", "stress", "preprocess", "size", "literal", "cast", "trust")
-}
+_OF_TWO_SIDES = {
+    "model__weights": "--weights",
+    "gates": "--gate",
+    "layouts": "--layout",
+    "words": "--arg",
+    "by_position": "--by-position",
+} | {name: f"--{name}" for name in ("labelled", "tolerance", "stress", "preprocess", "size", "literal", "cast", "trust")}
 
 
 @click.command("benchmark")
@@ -319,6 +323,7 @@ def _refuse_beside_instructions(table: Mapping[str, Any], gates: tuple[str, ...]
 @click.option("--layout", "layouts", multiple=True, metavar="A|B=nhwc", help="This side has its channels last.")
 @click.option("--literal", multiple=True, type=click.Choice(["A", "B"]), help="Execute this ONNX graph without any optimization.")
 @click.option("--cast", is_flag=True, help="Feed each side its own floating-point type.")
+@click.option("--by-position", is_flag=True, help="Inputs and outputs of both are in one order, whatever they are called.")
 @click.option("--trust", is_flag=True, help="Load TorchScript, which runs the program in it.")
 @argument_option
 @for_ci("parity")
@@ -400,6 +405,7 @@ def _crosscheck(names: tuple[str, str], images: Path | None, **words: Any) -> Ma
         trust=words["trust"],
         args=arguments_of(words["words"]),
         cast=words["cast"],
+        by_position=words["by_position"],
     )
     with progress_bars() as progress:
         return crosscheck.compare_two(

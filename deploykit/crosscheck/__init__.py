@@ -140,7 +140,7 @@ def compare_two(
 
 def _question(names: tuple[str, str], said: Said, tolerance: float | None, scratch: Path, *, is_of_pictures: bool) -> Question:
     sides = open_sides(names, said, scratch, is_of_pictures=is_of_pictures)
-    pairs = pair(*sides, cast=said.cast, size=asked_size(said))
+    pairs = pair(*sides, cast=said.cast, by_position=said.by_position, size=asked_size(said))
     limit = measures.limit_for(
         sides[0].precision, sides[1].precision, tolerance=tolerance, quantization_db=_quantization_db(sides)
     )

@@ -38,16 +38,16 @@ class Pairs:
         return tuple(pair[side.label == "B"] for pair in self.inputs)
 
 
-def pair(first: Side, second: Side, *, cast: bool, size: int | None = None) -> Pairs:
-    """Match inputs and outputs by name, or by position where each side has one.
+def pair(first: Side, second: Side, *, cast: bool, by_position: bool = False, size: int | None = None) -> Pairs:
+    """Match inputs and outputs by name, or by position where each side has one or `by_position` says so.
 
     A height or width that one side leaves open is the other's; where both do, it is `size`.
 
     Raises UsageError with everything that does not match, or that would have to be changed to.
     """
-    inputs, problems = _matched("input", first.inputs, second.inputs)
-    outputs, more = _matched("output", first.outputs, second.outputs)
-    fixes = []
+    inputs, problems = _matched("input", first.inputs, second.inputs, by_position)
+    outputs, more = _matched("output", first.outputs, second.outputs, by_position)
+    fixes = ["--by-position, if they come in the same order"] * (bool(problems or more) and _is_as_many(first, second))
     for mine, theirs in inputs:
         if mine.dtype != theirs.dtype and not (cast and {mine.dtype, theirs.dtype} <= set(FLOATS)):
             more.append(f"types: {_told(first, mine)}; {_told(second, theirs)}")
@@ -114,12 +114,18 @@ def _laid_out(side: Side, array: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.ascontiguousarray(moved)
 
 
+def _is_as_many(first: Side, second: Side) -> bool:
+    return len(first.inputs) == len(second.inputs) and len(first.outputs) == len(second.outputs)
+
+
 def _matched(
-    kind: str, mine: Sequence[TensorSpec], theirs: Sequence[TensorSpec]
+    kind: str, mine: Sequence[TensorSpec], theirs: Sequence[TensorSpec], by_position: bool
 ) -> tuple[list[tuple[TensorSpec, TensorSpec]], list[str]]:
     """The pairs, and why there are none."""
-    if len(mine) == len(theirs) == 1:
-        return [(mine[0], theirs[0])], []
+    if len(mine) == len(theirs) and (by_position or len(mine) == 1):
+        return list(zip(mine, theirs, strict=True)), []
+    if by_position:
+        return [], [f"{kind}s: A has {len(mine)}, B has {len(theirs)}, so that no position tells which belong together"]
     by_name = {spec.name: spec for spec in theirs}
     if by_name.keys() == {spec.name for spec in mine}:
         return [(spec, by_name[spec.name]) for spec in mine], []

@@ -35,7 +35,8 @@ class Said:
 
     `preprocess` and `args` hold keys of the recipe with their values in TOML syntax. `size` is the height and width where a file
     leaves them open. `trust` allows TorchScript, which runs the program in it when it is loaded, and whose manifest, where there
-    is one, anybody may have written; `cast` feeds each side its own floating-point type.
+    is one, anybody may have written; `cast` feeds each side its own floating-point type; `by_position`
+    says that inputs and outputs come in one order, whatever they are called.
     """
 
     weights: str = "default"
@@ -46,6 +47,7 @@ class Said:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     trust: bool = False
     cast: bool = False
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _refuse_unused(first: Side, second: Side, said: Said, *, is_of_pictures: boo
     ]
     if said.weights != "default" and first.module is None and second.module is None:
         problems.append(f"--weights {printable(said.weights)}: neither side is a PyTorch network")
+    if said.by_position and all(len(specs) == 1 for side in sides for specs in (side.inputs, side.outputs)):
+        problems.append("--by-position: each side has one input and one output")
     if said.args and first.module is None and second.module is None:
         problems.append("--arg: neither side is a PyTorch network")
     if said.size is not None and not is_open:
