@@ -22,7 +22,6 @@ from deploykit.parity import Comparison, Conversion, Logits
 from deploykit.progress import Progress, silent
 from deploykit.quantize.sensitivity import decibels
 from deploykit.report import pictures, units
-from deploykit.report.units import REFERENCE
 from deploykit.runtimes import Session, onnxruntime, torchscript
 from deploykit.sources import NOISE
 
@@ -217,7 +216,7 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
             yield Case(engine.label, engine.built, session, is_engine=True, model=engine.model)
         elif engine.model.precision is not Precision.FP32:
             session = onnxruntime.reference(engine.model.path)
-            yield Case(f"{engine.label}{REFERENCE}", engine.model, session, is_engine=False, model=engine.model)
+            yield Case(f"{engine.label}{units.REFERENCE}", engine.model, session, is_engine=False, model=engine.model)
 
 
 def _conversion(case: Case) -> Conversion | None:

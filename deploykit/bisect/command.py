@@ -17,6 +17,7 @@ from deploykit import data
 from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, Samples, read_artifact
 from deploykit.bisect import graph as graphs
 from deploykit.bisect.opening import OnOnnxRuntime, Opening, on_tensorrt
+from deploykit.bisect.text import proof_of
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict
 from deploykit.intake import door
@@ -89,7 +90,7 @@ def compare(
     code = EXIT_CODES[Verdict.FAIL] if wrong else 0
     about = {"a": printable(a), "b": printable(b), "runtime": runtime, "fed": {"origin": origin, "images": len(inputs)}}
     machine = to_json(Machine.probe())
-    return {**about, **facts, "preprocessing": differences, "machine": machine, "exit_code": code}
+    return {**about, **facts, "proven": proof_of(facts), "preprocessing": differences, "machine": machine, "exit_code": code}
 
 
 def _side(path: Path) -> Side:

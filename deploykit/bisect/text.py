@@ -28,7 +28,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"  {hint}" for hint in found["hints"])
         channel = "" if culprit["channel"] is None else f", most in channel {culprit['channel']}"
         yield f"  its own error: {_own(culprit)}; explained: {culprit['explained_db']:.1f} dB{channel}"
-        yield f"  {proof_of(found)}"
+        yield f"  {found['proven']}"
     others = [layer["node"] for layer in found["suspects"][1:]]
     if others:
         yield f"  also beyond, after it: {', '.join(others[:_LISTED])}{', ...' * (len(others) > _LISTED)}"
@@ -51,8 +51,10 @@ def _images(found: Mapping[str, Any]) -> str:
 
 
 def proof_of(found: Mapping[str, Any]) -> str:
-    """What became of the output with the culprit alone as in the reference, in words; there has to be a culprit."""
+    """What became of the output with the culprit alone as in the reference, in words; empty without a culprit."""
     culprit, proof = found["culprit"], found["proof"]
+    if culprit is None:
+        return ""
     if found["passes"] == 1:
         return f"proof: not tried, {proof['why']}"
     before, after = (_ratio(proof[key], "does not run") for key in ("before_db", "after_db"))

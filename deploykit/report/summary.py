@@ -174,15 +174,13 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
 
 def of_bisect(found: Result, *, seconds: float) -> Summary:
     """What `bisect.command.compare` found in so many seconds: a gate for the layers, and one for how inputs are prepared."""
-    from deploykit.bisect import text as bisection  # here, as it brings ONNX Runtime, which is loaded only where this was asked
-
     culprit, images = found["culprit"], units.plural(found["images"], "image")
     status, reason, details = Status.PASS, f"no layer diverges beyond what its precision explains, on {images}", tuple[str, ...]()
     if culprit is not None:
         module = f" of module {culprit['module']}" if culprit["module"] else ""
         reason = "; ".join([f"{culprit['node']} ({culprit['op']}{module}) is the first beyond it", *found["hints"]])
         beyond = (f"{layer['node']}: {layer['excess_db']:+.1f} dB beyond" for layer in found["suspects"])
-        status, details = Status.FAIL, (bisection.proof_of(found), *beyond)
+        status, details = Status.FAIL, (found["proven"], *beyond)
     elif found["failure"]:
         status, reason = Status.FAIL, f"B does not run: {found['failure'].splitlines()[0]}"
     differences = found["preprocessing"]
