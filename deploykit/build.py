@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from deploykit import runtimes
 from deploykit.artifact import SAMPLES, Artifact
-from deploykit.gate import GateResult, Verdict
+from deploykit.gate import REALISED, GateResult, Verdict
 from deploykit.progress import Progress, silent
 from deploykit.runtimes import Realised
 
@@ -76,7 +76,7 @@ def realised_gate(engine: Engine) -> GateResult:
     if quantized:
         reason += f"; in int8 although they were to stay in float: {', '.join(quantized)}"
     verdict = Verdict.FAIL if floats or quantized else Verdict.PASS
-    return GateResult(f"{engine.label}: every layer meant for int8 runs in it", verdict, engine.realised.int8, None, reason)
+    return GateResult(f"{engine.label}: {REALISED}", verdict, engine.realised.int8, None, reason)
 
 
 def _by_reason(whys: Mapping[str, str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from deploykit.crosscheck.pairing import Pairs, answers, pair
 from deploykit.crosscheck.sides import LABELS, Said, Side, asked_size, given_preprocess, open_sides
 from deploykit.data import Images
 from deploykit.errors import UsageError, printable
-from deploykit.gate import EXIT_CODES, GateResult, PairedCounts, Rule, Verdict, judge, worst
+from deploykit.gate import ANSWERS, EXIT_CODES, GateResult, PairedCounts, Rule, Verdict, judge, worst
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.models.torchvision import imagenet_synsets
@@ -365,7 +365,7 @@ def _limit_gate(output: dict[str, Any], limit: measures.Limit, why: str = "") ->
     name = output["names"][0]
     reason = f"{told}; {limit.source}" + f"; {why}" * bool(why and not output["holds"])
     verdict = Verdict.PASS if output["holds"] else Verdict.FAIL
-    return GateResult(f"{name}: B answers like A ({limit.rule})", verdict, output["relative"], None, reason)
+    return GateResult(f"{name}: {ANSWERS} ({limit.rule})", verdict, output["relative"], None, reason)
 
 
 def _side(side: Side) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
-from deploykit.gate import Rule, parse_rule
+from deploykit.gate import Rule, rule_in
 from deploykit.report import charts, units
 from deploykit.report.charts import Mark, Scale
 from deploykit.report.markup import Child, Markup, element, join
@@ -53,7 +53,7 @@ def gates(result: Result) -> Child:
     ]
     rows = []
     for gate in rules:
-        unit = _gate_unit(_parsed(words_of(gate.get("rule"), "")))
+        unit = _gate_unit(rule_in(words_of(gate.get("rule"), "")))
         observed = NOT_MEASURED if gate.get("observed") is None else unit(gate["observed"])
         bounds = "exact" if gate.get("interval") is None else units.interval(gate["interval"], unit)
         rule = element("code", words_of(gate.get("rule")), class_="rule")
@@ -103,14 +103,6 @@ def samples(result: Result) -> Child:
         return absent("Sample predictions", reason_of(result, "parity") or "no images were given to predict on")
     small = _is_small(result)
     return element("ul", [_sample(sample, small) for sample in pictures], class_="pictures")
-
-
-def _parsed(text: str) -> Rule | None:
-    """The rule in `onnxruntime int8: drop <= 0.5 points`; None when the gate is not one of the recipe's rules."""
-    try:
-        return parse_rule(text.rpartition(": ")[2])
-    except ValueError:
-        return None
 
 
 def _gate_unit(rule: Rule | None) -> Callable[[float], str]:
@@ -174,7 +166,7 @@ def _drops(result: Result, labelled: Sequence[Result]) -> Markup | None:
     measured = [entry for entry in labelled if _interval(entry["accuracy"].get("interval_points"))]
     if not measured:
         return None
-    parsed = [_parsed(words_of(gate.get("rule"), "")) for gate in result.get("gates") or ()]
+    parsed = [rule_in(words_of(gate.get("rule"), "")) for gate in result.get("gates") or ()]
     limits = [rule.limit for rule in parsed if rule is not None and rule.metric == "drop"]
     ends = [bound for entry in measured for bound in entry["accuracy"]["interval_points"]]
     scale = Scale.around([0.0, *ends, *limits])

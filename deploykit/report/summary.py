@@ -9,13 +9,12 @@ from itertools import islice
 from typing import Any
 
 from deploykit.errors import DeploykitError
-from deploykit.gate import Rule, parse_rule
+from deploykit.gate import ANSWERS, REALISED, rule_in
 from deploykit.report import units
 from deploykit.report.parts import Result
 
 _LISTED = 100
-_BISECT, _ANSWERS = "deploykit bisect ", "B answers like A"  # a note, and the gate that it is about
-_FOR_INT8 = "every layer meant for int8"  # a gate whose own reason names them
+_BISECT = "deploykit bisect "  # a note
 
 
 class Status(Enum):
@@ -159,12 +158,12 @@ def _of_two_sides(found: Result, seconds: float) -> Summary:
     lines = tuple(_cut([f"{image}: {a} became {b}" for image, a, b, _ in flips], unlisted))
     hint = next((note for note in found["notes"] if note.startswith(_BISECT)), "")
     judged = [
-        _with_reason(gate, hint) if hint and gate["verdict"] == Status.FAIL.value and _ANSWERS in gate["rule"] else gate
+        _with_reason(gate, hint) if hint and gate["verdict"] == Status.FAIL.value and ANSWERS in gate["rule"] else gate
         for gate in found["gates"]
     ]
     return Summary(
         name="parity",
-        gates=tuple(_gate(gate, "", share, lines if _rule_in(gate["rule"]) else ()) for gate in judged),
+        gates=tuple(_gate(gate, "", share, lines if rule_in(gate["rule"]) else ()) for gate in judged),
         seconds=seconds,
         tables=_filled(_first("Images decided otherwise", ("image", "A", "B", "label"), iter(flips), unlisted)),
         notes=tuple(found["notes"]),
@@ -232,16 +231,8 @@ def _or_none(gates: Sequence[Gate]) -> tuple[Gate, ...]:
     return tuple(gates) or (Gate("a gate", Status.NOT_JUDGED, "there was no rule to judge"),)
 
 
-def _rule_in(text: str) -> Rule | None:
-    """The rule that somebody wrote, without the engine before it; None for what every engine has to fulfil."""
-    try:
-        return parse_rule(text.rpartition(": ")[2])
-    except ValueError:
-        return None
-
-
 def _stage_of(gate: str) -> str:
-    rule = _rule_in(gate)
+    rule = rule_in(gate)
     return "benchmark" if rule is not None and rule.is_of_time else "parity"
 
 
@@ -250,17 +241,17 @@ def _details(result: Result, gate: str) -> Iterator[str]:
     the gate is that none is. A float layer is nearer to FP32 than an int8 one, so it is not to blame for answers."""
     if _stage_of(gate) == "benchmark":
         return
-    cases = [] if _rule_in(gate) is None else [case for case in result["parity"] if _is_on(case["label"], gate)]
+    cases = [] if rule_in(gate) is None else [case for case in result["parity"] if _is_on(case["label"], gate)]
     lines = [f"{image}: {reference} became {here}" for _, image, reference, here, _ in _flipped(cases)]
     for label, layer, operator, precision, why in _in_float(result):
-        if _FOR_INT8 in gate and _is_on(label, gate):
+        if REALISED in gate and _is_on(label, gate):
             lines.append(f"{layer} ({operator}) runs in {precision}{f': {why}' * bool(why)}")
     yield from _cut(lines, _unlisted(cases))
 
 
 def _blaming(gate: Mapping[str, Any], result: Result) -> Mapping[str, Any]:
     """A gate of an INT8 engine's answers that failed, with the command in its reason that names the layer."""
-    if gate["verdict"] != Status.FAIL.value or _stage_of(gate["rule"]) == "benchmark" or _FOR_INT8 in gate["rule"]:
+    if gate["verdict"] != Status.FAIL.value or _stage_of(gate["rule"]) == "benchmark" or REALISED in gate["rule"]:
         return gate
     engine = next((one for one in result["engines"] if _is_on(one["label"], gate["rule"])), None)
     graph = None if engine is None else f"quantize-{engine['runtime']}"
