@@ -17,11 +17,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import TINY_NETWORK
 from PIL import Image
 
 from deploykit import bundle, cli
 from deploykit import recipe as recipes
+from deploykit.errors import RecipeError
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -236,3 +238,20 @@ class TestByName:
 def header(name: str) -> str:
     lines = (FOLDER / f"{name}.toml").read_text().splitlines()
     return "\n".join(line.removeprefix("# ").removeprefix("#") for line in lines[: lines.index(f'name = "{name}"')])
+
+
+class TestRecipeCheck:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_recipe_of_ours_is_good_and_every_key_is_told(self, name):
+        found = CliRunner().invoke(cli.cli, ["recipe", "check", name, "--json"])
+
+        assert found.exit_code == 0, found.exception
+        assert json.loads(found.stdout)["export"]["tolerance"] > 0
+
+    def test_all_that_is_wrong_is_told_at_once(self, tmp_path):
+        (tmp_path / "recipe.toml").write_text('[model]\nname = "lenet5"\nwigths = "none"\n[quantize]\nmethod = "magic"\n')
+        found = CliRunner().invoke(cli.cli, ["recipe", "check", str(tmp_path / "recipe.toml"), "--set", "export.batch=-1"])
+
+        assert isinstance(found.exception, RecipeError)
+        assert found.exception.exit_code == 2
+        assert all(word in str(found.exception) for word in ("wigths", "magic", "export.batch"))

@@ -57,7 +57,7 @@ def cli() -> None:
 for _command in (
     *(make.run_command, make.finetune_command, make.export_command),
     *(compare.benchmark_command, compare.parity_command, compare.bisect_command, compare.compare_command),
-    *(look.inspect_command, look.models_command, look.doctor_command, look.clean_command),
+    *(look.inspect_command, look.models_command, look.doctor_command, look.clean_command, look.recipe_group),
     *(bundles.pack_command, bundles.verify_command),
     *(devices.deploy_command, devices.rollback_command, devices.status_command, devices.device_group),
     *(targets.targets_command, targets.predict_command, targets.plan_command),

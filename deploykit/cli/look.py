@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.options import json_option
+from deploykit.cli.options import json_option, named_recipe, overrides_of, set_option
 from deploykit.errors import UsageError, printable
 from deploykit.gate import EXIT_CODES, Verdict
 
@@ -127,3 +127,26 @@ def _lint(path: Path, runtime: str, as_json: bool) -> int:
     facts = {"path": printable(path), **lint.as_facts(found, runtime), "exit_code": code}
     click.echo(json.dumps(facts, indent=1) if as_json else lint.as_text(found, runtime), nl=as_json)
     return code
+
+
+@click.group("recipe")
+def recipe_group() -> None:
+    """Recipes: what runs are made of."""
+
+
+@recipe_group.command("check")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@set_option
+@json_option
+def check_recipe_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Say whether a recipe can be run, without running it: all that is wrong with it at once, else every key with its value.
+
+    RECIPE is a file, or the name of a recipe that comes with deploykit. Exit code 2 when anything is wrong.
+    """
+    import tomllib
+
+    from deploykit import recipe as recipes
+
+    filled = recipes.dump(named_recipe(recipe, overrides_of(overrides)))
+    click.echo(json.dumps(tomllib.loads(filled), indent=1) if as_json else filled, nl=as_json)
+    return 0
