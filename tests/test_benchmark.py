@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from deploykit import benchmark, build
 from deploykit.artifact import Artifact, read_artifact, write_manifest
 from deploykit.benchmark import judge
+from deploykit.benchmark.conditions import core_speeds
 from deploykit.benchmark.report import BenchmarkReport, Process
 from deploykit.benchmark.scenarios import NullSession, offline, single_stream
 from deploykit.errors import DeploykitError, UsageError
@@ -258,7 +260,8 @@ class TestTheOrderOfProcesses:
         report, _ = run(2, seed=7)
 
         one = {"model": "lenet5", "input": [["batch", 3, 32, 32]], "threads": 1}
-        assert report.settings == {**SHORT, "processes": 2, "seed": 7, "engines": {"a": one, "b": one}}
+        made = {"processes": 2, "seed": 7, "engines": {"a": one, "b": one}, "core_speeds": core_speeds(os.sched_getaffinity(0))}
+        assert report.settings == {**SHORT, **made}
         assert report.machine == Machine.probe()
 
     def test_measures_a_disturbed_process_again_at_the_end(self, run):
