@@ -85,9 +85,21 @@ def _are_sizes_of_flattened(sizes: ir.Value | None, source: ir.Value) -> bool:
             return False
         shape = _producer(gather.inputs[0], "Shape")
         flat = None if shape is None or shape.attributes else _producer(shape.inputs[0], "Flatten")
-        if flat is None or flat.inputs[0] is not source or flat.attributes.get_int("axis", 1) != 1:
+        if flat is None or not _is_same(flat.inputs[0], source) or flat.attributes.get_int("axis", 1) != 1:
             return False
     return True
+
+
+def _is_same(one: ir.Value | None, other: ir.Value | None, depth: int = 3) -> bool:
+    """Whether two values are one, or are computed alike from the same: the legacy exporter writes such nodes twice."""
+    if one is other:
+        return True
+    a, b = (None if value is None else value.producer() for value in (one, other))
+    if a is None or b is None or not depth or len(a.outputs) != 1 or len(b.outputs) != 1:
+        return False
+    if (a.op_identifier(), len(a.inputs), dict(a.attributes)) != (b.op_identifier(), len(b.inputs), dict(b.attributes)):
+        return False
+    return all(_is_same(x, y, depth - 1) for x, y in zip(a.inputs, b.inputs, strict=True))
 
 
 def _restore_gelu(graph: ir.Graph, erf: ir.Node) -> None:
