@@ -12,13 +12,17 @@ import onnx
 import pytest
 import torch
 from conftest import Outcome
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import models as torchvision_models
+from torchvision.ops import boxes as ops
 
 from deploykit import export, models, pipeline, recipe, runtimes, scenes
 from deploykit.artifact import Preprocess, read_artifact
 from deploykit.data.pictures import preprocess
 from deploykit.errors import ModelError, StageError, UsageError
+from deploykit.export import boxes
 from deploykit.export.boxes import checked_boxes, torch_answer
 from deploykit.models import tasks, torchvision_dense
 from deploykit.recipe import ExportTable, ModelTable, PreprocessTable
@@ -327,6 +331,13 @@ class TestExport:
 
         assert outcome.code == 2
         assert said in outcome.err
+
+    @settings(deadline=None, max_examples=30)
+    @given(count=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
+    def test_boxes_are_clipped_while_traced_as_torchvision_clips_them_also_where_there_is_none(self, count, seed):
+        corners = torch.from_numpy(np.random.default_rng(seed).uniform(-5, 15, (count, 4)).astype(np.float32))
+
+        assert torch.equal(boxes._clipped(corners, (8, 10)), ops.clip_boxes_to_image(corners, (8, 10)))
 
     def test_a_detectors_file_says_which_exporter_wrote_it_and_why(self, runs):
         facts = read_artifact(runs("detector") / "export-onnx").facts

@@ -46,7 +46,7 @@ def onnx_detector(
     Raises StageError when the exporter fails, or the file does not find the same boxes as PyTorch.
     """
     reference = [torch_boxes(model, picture) for picture in samples]
-    with _without_branch():
+    with _traceable():
         graph = exported(model, samples, replace(settings, batch=1), "legacy", outputs=model.outputs)
     tidy(graph)
     unwrap(graph)
@@ -170,18 +170,33 @@ def _open_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
 
 
 @contextmanager
-def _without_branch() -> Iterator[None]:
-    """torchvision's suppression for several classes while it is traced, without its branch for no boxes at all.
+def _traceable() -> Iterator[None]:
+    """torchvision's functions on boxes while they are traced, as graphs can have them.
 
-    That branch would be an If in the graph, which runtimes on devices and our own pre-flight of files do not take.
+    Its suppression for several classes has a branch for no boxes at all, which would be an If in the graph; runtimes on devices
+    and our own pre-flight of files do not take one. Its clipping reshapes to sizes that it asks for; ONNX Runtime's optimizer
+    puts (0, -1) in their place and then refuses no boxes, so that RetinaNet ended in an error when one level had none.
     """
-    name = "_batched_nms_coordinate_trick"
-    before = getattr(ops, name)
-    setattr(ops, name, _batched_nms)
+    ours = {"_batched_nms_coordinate_trick": _batched_nms, "clip_boxes_to_image": _clipped}
+    before = {name: getattr(ops, name) for name in ours}
+    for name, function in ours.items():
+        setattr(ops, name, function)
     try:
         yield
     finally:
-        setattr(ops, name, before)
+        for name, function in before.items():
+            setattr(ops, name, function)
+
+
+def _clipped(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Boxes (..., 4) cut at the edges of a picture of so many rows and columns."""
+    height, width = size
+    zero = boxes.new_zeros(())
+    sides = [
+        torch.min(torch.max(boxes[..., first::2], zero), torch.tensor(most, dtype=boxes.dtype, device=boxes.device))
+        for first, most in enumerate((width, height))
+    ]
+    return torch.stack(sides, dim=boxes.dim()).flatten(boxes.dim() - 1)
 
 
 def _batched_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, iou_threshold: float) -> torch.Tensor:
