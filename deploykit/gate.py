@@ -118,7 +118,7 @@ def parse_rule(text: str) -> Rule:
     """Parse one rule. Raises ValueError with the reason when it is not one of the forms above."""
     match = _RULE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'disagreements <= 2'")
+        raise ValueError(f"{text!r} is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'latency <= 5 ms'")
     metric, operator, unit = match["metric"], match["operator"], match["unit"]
     if metric not in _METRICS:
         raise ValueError(f"{text!r}: unknown metric {metric!r}; known are {', '.join(_METRICS)}")

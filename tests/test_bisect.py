@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from deploykit import artifact, build
 from deploykit.artifact import Artifact, write_manifest
 from deploykit.bisect import MARGIN, Bisection, bisect, command, graph, noise, text
 from deploykit.bisect.hooks import Watched
@@ -934,3 +936,15 @@ def test_two_graphs_are_compared_without_torch():
     code = "import sys, deploykit.bisect.command; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_engine_is_refused_with_the_graph_that_it_was_made_from(portable, tmp_path):
+    def copied(folder: Path) -> Artifact:
+        shutil.copytree(portable("residual").folder, folder, dirs_exist_ok=True)
+        return replace(portable("residual"), path=folder / portable("residual").path.name)
+
+    made = artifact.make(tmp_path / "export-onnx", "key", copied)
+    engine = artifact.make(tmp_path / "build", "key", lambda folder: build.build(made, "onnxruntime", folder))
+
+    with pytest.raises(UsageError, match=rf"(?s)this is of format engine.*made from: {re.escape(str(made.folder))}"):
+        command.compare(str(made.folder), engine.folder)

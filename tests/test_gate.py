@@ -69,7 +69,7 @@ class TestRules:
     @pytest.mark.parametrize(
         ("text", "why"),
         [
-            ("", "'' is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'disagreements <= 2'"),
+            ("", "'' is not a gate rule such as 'drop <= 0.5 points', 'agreement >= 99 %', 'latency <= 5 ms'"),
             ("drop <= -1 points", "is not a gate rule"),
             ("drop <= nan points", "is not a gate rule"),
             ("drop <= 1e-3 points", "is not a gate rule"),

@@ -380,6 +380,17 @@ class TestUserCode:
 
         assert load(f"{path}:build", keys=USER_INPUT).num_classes == 3
 
+    def test_a_factory_that_insists_on_num_classes_gets_that_of_the_weights(self, tmp_path):
+        path = code(tmp_path / "net.py", self.NET.replace("num_classes=3", "num_classes"))
+        torch.save({"1.weight": torch.ones(7, 64), "1.bias": torch.zeros(7)}, tmp_path / "net.pth")
+
+        assert load(f"{path}:build", str(tmp_path / "net.pth"), USER_INPUT).num_classes == 7
+        assert load(f"{path}:build", keys=USER_INPUT, classes=5).num_classes == 5
+        with pytest.raises(
+            ModelError, match=r"(?s)cannot be called with no arguments.*--classes N \(model.classes\); build\(num_classes"
+        ):
+            load(f"{path}:build", keys=USER_INPUT)
+
     def test_num_classes_is_passed_when_it_is_asked_for_and_taken(self, tmp_path):
         assert load(f"{code(tmp_path / 'net.py', self.NET)}:build", keys=USER_INPUT, classes=5).num_classes == 5
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deploykit import bisect as bisection
 from deploykit import data
-from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, Samples, read_artifact
+from deploykit.artifact import MANIFEST, SAMPLES, Artifact, Format, Preprocess, Samples, digest_file, read_artifact
 from deploykit.bisect import graph as graphs
 from deploykit.bisect.opening import OnOnnxRuntime, Opening, on_tensorrt
 from deploykit.bisect.text import proof_of
@@ -103,8 +103,8 @@ def _side(path: Path) -> Side:
     if path.is_dir() or _is_main_file(path):
         found = read_artifact(folder)
         if found.format is not Format.ONNX:
-            why = f"it is a {found.format.value} of stage {found.stage}"
-            raise UsageError(f"{printable(path)} cannot be bisected", why=why, fix="name the ONNX graph that it was made from")
+            why = f"what is bisected is an ONNX graph, and this is of format {found.format.value}, made by stage {found.stage}"
+            raise UsageError(f"{printable(path)} cannot be bisected", why=why, fix=_origin(found))
         return Side(found.path, found, found.preprocess, _golden(found))
     door.onnx_file(path)
     door.rehearse(path)
@@ -127,6 +127,14 @@ def _golden(artifact: Artifact) -> NDArray[np.float32] | None:
         return None
     found: NDArray[np.float32] = Samples.load(path).inputs[artifact.inputs[0].name]
     return found
+
+
+def _origin(engine: Artifact) -> str:
+    """Where the graph is that something was made from: in the same run, where it is."""
+    for beside in sorted(engine.folder.absolute().parent.glob("*/*.onnx")):
+        if beside.parent != engine.folder.absolute() and digest_file(beside) in engine.parents:
+            return f"name the graph that it was made from: {printable(engine.folder.parent / beside.parent.name)}"
+    return "name the ONNX graph that it was made from"
 
 
 def _exported(name: str, weights: str, folder: Path) -> tuple[Side, Model]:

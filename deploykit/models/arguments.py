@@ -24,11 +24,10 @@ def check(factory: Callable[..., Any], given: Mapping[str, Any], *, name: str) -
     try:
         signature.bind(**given)
     except TypeError as error:
-        raise ModelError(
-            f"{name} cannot be called with {_listed(given)}",
-            why=str(error),
-            fix=f"give what it takes by --arg KEY=VALUE (model.args): {_described(signature, name)}",
-        ) from error
+        way = f"give what it takes by --arg KEY=VALUE (model.args): {_described(signature, name)}"
+        if "num_classes" not in given and requires(factory, "num_classes"):
+            way = f"say how many classes there are: --classes N (model.classes); {_described(signature, name)}"
+        raise ModelError(f"{name} cannot be called with {_listed(given)}", why=str(error), fix=way) from error
 
 
 def none() -> dict[str, Any]:
@@ -42,6 +41,15 @@ def takes(factory: Callable[..., Any], name: str) -> bool:
         return name in inspect.signature(factory).parameters
     except (TypeError, ValueError):
         return False
+
+
+def requires(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of that name, and no default for it."""
+    try:
+        parameter = inspect.signature(factory).parameters.get(name)
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _described(signature: inspect.Signature, name: str) -> str:

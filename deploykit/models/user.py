@@ -19,6 +19,8 @@ from deploykit.models import arguments
 from deploykit.models.architecture import Architecture, Weights
 from deploykit.recipe import ModelTable
 
+_UNTIL_KNOWN = 1000  # classes of a network that is built to be compared with a checkpoint, when its factory insists on a number
+
 
 def architecture(model: ModelTable) -> Architecture:
     """Import the user's code, which runs here and nowhere before, and find the factory.
@@ -41,6 +43,8 @@ def architecture(model: ModelTable) -> Architecture:
     factory = _factory(module, factory_name, model.name)
 
     def build(classes: int | None) -> nn.Module:
+        if classes is None and model.weights not in ("none", "default") and arguments.requires(factory, "num_classes"):
+            classes = _UNTIL_KNOWN  # the weights say how many, and then it is built again
         asked = {"num_classes": classes} if classes is not None and arguments.takes(factory, "num_classes") else {}
         words = {**(model.args or {}), **asked}
         arguments.check(factory, words, name=model.name)
