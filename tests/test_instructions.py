@@ -281,7 +281,7 @@ class TestTheCommand:
             (("--offline-batch", 5), "--offline-batch is about time"),
             (("--gate", "latency <= 5 ms"), "--gate 'latency <= 5 ms' is about time"),
             (("--scenario", "multi-stream"), "--scenario is about time"),
-            (("--fail-on", "much"), "is not a gate rule"),
+            (("--fail-on", "much"), "is no percentage, such as 5%"),
         ],
     )
     def test_refuses_what_is_about_time(self, deploykit, run_folder, words, why):

@@ -238,7 +238,7 @@ class TestOptions:
         message = refused(fp32, int8, "--fail-on", text)
 
         assert "these are no rules of time" in message
-        assert f"--fail-on {text!r} is no share of the time, such as 5%" in message
+        assert f"--fail-on {text!r} is no percentage, such as 5%" in message
 
     def test_every_rule_that_is_none_of_time_is_named_at_once(self, refused, fp32):
         message = refused(fp32, "--gate", "drop <= 1 points", "--gate", "latency <= fast", "--gate", "latency <= 5 ms")

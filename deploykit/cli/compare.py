@@ -388,7 +388,7 @@ def _rules_of_time(gates: tuple[str, ...], fail_on: str | None) -> list[Rule]:
     if fail_on is not None:
         slowdown, wrong = _parsed([f"slowdown <= {fail_on.strip().removesuffix('%').strip()} %"])
         rules += slowdown
-        problems += [f"--fail-on {fail_on!r} is no share of the time, such as 5%"] * bool(wrong)
+        problems += [f"--fail-on {fail_on!r} is no percentage, such as 5%"] * bool(wrong)
     problems += [f"'{rule}' is about answers; `deploykit run` judges it" for rule in rules if not rule.is_of_time]
     if problems:
         raise UsageError("these are no rules of time", problems=problems, fix="--gate 'latency <= 5 ms' --fail-on 5%")
