@@ -2,7 +2,7 @@
 # Never built and never run by this project: no container engine was at hand.
 #
 #   docker build --file docker/gpu.Dockerfile --tag deploykit-gpu .
-#   docker run --rm --gpus all --user "$(id -u):$(id -g)" --volume "$PWD":/work deploykit-gpu doctor
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" --volume "$PWD":/workspace deploykit-gpu doctor
 #
 # PyTorch from the package index brings the CUDA libraries that it loads; the driver comes from the host (nvidia-container-toolkit).
 # With TensorRT: tensorrt.Dockerfile.
@@ -20,11 +20,11 @@ COPY recipes /opt/deploykit/recipes
 RUN python3 -m pip install --no-cache-dir "/opt/deploykit[gpu,timm,demo]"
 
 # Whoever runs it: a home that every user may write, which is the folder that is mounted.
-ENV HOME=/work XDG_CACHE_HOME=/work/.cache TORCH_HOME=/work/.cache/torch
+ENV HOME=/workspace XDG_CACHE_HOME=/workspace/.cache TORCH_HOME=/workspace/.cache/torch
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-RUN useradd --no-create-home --home-dir /work deploykit \
-    && install -d -o deploykit -g deploykit /work
+RUN useradd --no-create-home --home-dir /workspace deploykit \
+    && install -d -o deploykit -g deploykit /workspace
 USER deploykit
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["deploykit"]
 CMD ["doctor"]

@@ -2,9 +2,9 @@
 # Never built and never run by this project: no container engine was at hand.
 #
 #   docker build --file docker/host.Dockerfile --tag deploykit .
-#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD":/work deploykit run lenet_digits
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD":/workspace deploykit run lenet_digits
 #
-# Weights that are downloaded go into /work/.cache, so that the next container finds them.
+# Weights that are downloaded go into /workspace/.cache, so that the next container finds them.
 ARG PYTHON_TAG=3.12-slim-bookworm
 FROM python:${PYTHON_TAG}
 
@@ -20,10 +20,10 @@ COPY recipes /opt/deploykit/recipes
 RUN python3 -m pip install --no-cache-dir "/opt/deploykit[cpu,openvino,timm,demo]"
 
 # Whoever runs it: a home that every user may write, which is the folder that is mounted.
-ENV HOME=/work XDG_CACHE_HOME=/work/.cache TORCH_HOME=/work/.cache/torch
-RUN useradd --no-create-home --home-dir /work deploykit \
-    && install -d -o deploykit -g deploykit /work
+ENV HOME=/workspace XDG_CACHE_HOME=/workspace/.cache TORCH_HOME=/workspace/.cache/torch
+RUN useradd --no-create-home --home-dir /workspace deploykit \
+    && install -d -o deploykit -g deploykit /workspace
 USER deploykit
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["deploykit"]
 CMD ["doctor"]

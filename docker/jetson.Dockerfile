@@ -3,7 +3,7 @@
 #
 #   deploykit export resnet50 --to tensorrt --int8 --calibrate photos/ --target orin-nano    # on the host: runs/resnet50/device.pyz
 #   docker build --file docker/jetson.Dockerfile --tag deploykit-jetson runs/resnet50         # on the device, or for linux/arm64
-#   docker run --rm --runtime nvidia --volume "$PWD":/work --volume /opt/deploykit:/opt/deploykit deploykit-jetson probe
+#   docker run --rm --runtime nvidia --volume "$PWD":/workspace --volume /opt/deploykit:/opt/deploykit deploykit-jetson probe
 #
 # The context is the folder of a run, for the device half is in it. NVIDIA's image is L4T 36 with CUDA 12.6, TensorRT 10.3 and
 # Python 3.10; on JetPack 7.2 use the image of docker/tensorrt.Dockerfile for arm64.
@@ -17,6 +17,6 @@ RUN apt-get update \
     && python3 -m pip install --no-cache-dir "numpy>=1.26,<2"
 COPY device.pyz /usr/local/lib/deploykit/device.pyz
 
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["python3", "/usr/local/lib/deploykit/device.pyz"]
 CMD ["probe"]

@@ -12,7 +12,6 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
-from onnxruntime import InferenceSession
 from torch import nn
 
 from deploykit import export
@@ -76,25 +75,6 @@ class Means(nn.Module):
         gate = torch.sigmoid(x.mean((2, 3), keepdim=True))
         attention = torch.sigmoid(x.mean(1, keepdim=True))
         return (x * gate * attention).mean((-1, -2))
-
-
-# How the legacy exporter writes x.flatten(1) where the number of rows is known only when it runs.
-SIZES_OF_A_FLATTEN = """<ir_version: 9, opset_import: ["" : 19]> g (float[n, 2, 2] x) => (float[n, m] y) {
-    i0 = Constant<value = int64 {0}>()
-    i1 = Constant<value = int64 {1}>()
-    axis = Constant<value = int64[1] {0}>()
-    joined = Concat<axis=2>(x, x)
-    again = Concat<axis=2>(x, x)
-    flat = Flatten<axis=1>(joined)
-    s0 = Shape(flat)
-    g0 = Gather<axis=0>(s0, i0)
-    u0 = Unsqueeze(g0, axis)
-    s1 = Shape(flat)
-    g1 = Gather<axis=0>(s1, i1)
-    u1 = Unsqueeze(g1, axis)
-    sizes = Concat<axis=0>(u0, u1)
-    y = Reshape(again, sizes)
-}"""
 
 
 class Reshapes(nn.Module):
@@ -210,15 +190,6 @@ class TestOperators:
 
         assert found.count("Reshape") == 2
         assert found[-1] == "Flatten"
-
-    def test_a_flatten_that_is_asked_for_its_sizes_is_one_and_passes_a_tensor_without_elements(self):
-        """Left alone, ONNX Runtime's fusion makes (0, -1) of the sizes, and then refuses what has no elements."""
-        model = ir.from_proto(onnx.parser.parse_model(SIZES_OF_A_FLATTEN))
-        export.tidy(model)
-
-        assert [node.op_type for node in model.graph] == ["Concat", "Flatten"]
-        session = InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-        assert [session.run(None, {"x": np.zeros((n, 2, 2), np.float32)})[0].shape for n in (3, 0)] == [(3, 8), (0, 8)]
 
     def test_a_reshape_that_is_no_flatten_is_left_alone_by_tidy(self):
         x = ir.Value(name="image", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 4, 2, 2]))

@@ -54,52 +54,14 @@ def _restore_global_pool(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _restore_flatten(graph: ir.Graph, node: ir.Node) -> None:
-    """Reshape to (batch, everything else) -> Flatten, which passes any batch and is transparent to int8.
-
-    Also where the sizes are asked of a Flatten of the same tensor, as the legacy exporter writes it. ONNX Runtime puts (0, -1) in
-    the place of such sizes, and then refuses a tensor without elements: RetinaNet ended in an error when a level had no box.
-    """
+    """Reshape to (batch, everything else) -> Flatten, which passes any batch and is transparent to int8."""
     source, new_shape = node.inputs[0], node.outputs[0].shape
-    if source is not None and _are_sizes_of_flattened(node.inputs[1], source):
-        _replace(graph, node, [ir.node("Flatten", [source], {"axis": 1}, metadata_props=dict(node.metadata_props))])
-        return
     if source is None or source.shape is None or new_shape is None or len(new_shape) != 2:
         return
     rest = source.shape[1:]
     sizes = [size for size in rest if isinstance(size, int)]
     if source.shape[0] == new_shape[0] and len(sizes) == len(rest) and math.prod(sizes) == new_shape[1]:
         _replace(graph, node, [ir.node("Flatten", [source], {"axis": 1}, metadata_props=dict(node.metadata_props))])
-
-
-def _are_sizes_of_flattened(sizes: ir.Value | None, source: ir.Value) -> bool:
-    """Whether `sizes` are both dimensions of Flatten(source, axis=1), each read by a Shape of its own, or of one."""
-    both = _producer(sizes, "Concat")
-    if both is None or len(both.inputs) != 2:
-        return False
-    for axis, part in enumerate(both.inputs):
-        gather = _producer(part, "Gather")
-        if gather is None and (single := _producer(part, "Unsqueeze")) is not None:
-            gather = _producer(single.inputs[0], "Gather")
-        index = None if gather is None or gather.inputs[1] is None else ir.convenience.get_const_tensor(gather.inputs[1])
-        if gather is None or index is None or index.numpy().reshape(-1).tolist() != [axis]:
-            return False
-        shape = _producer(gather.inputs[0], "Shape")
-        flat = None if shape is None or shape.attributes else _producer(shape.inputs[0], "Flatten")
-        if flat is None or not _is_same(flat.inputs[0], source) or flat.attributes.get_int("axis", 1) != 1:
-            return False
-    return True
-
-
-def _is_same(one: ir.Value | None, other: ir.Value | None, depth: int = 3) -> bool:
-    """Whether two values are one, or are computed alike from the same: the legacy exporter writes such nodes twice."""
-    if one is other:
-        return True
-    a, b = (None if value is None else value.producer() for value in (one, other))
-    if a is None or b is None or not depth or len(a.outputs) != 1 or len(b.outputs) != 1:
-        return False
-    if (a.op_identifier(), len(a.inputs), dict(a.attributes)) != (b.op_identifier(), len(b.inputs), dict(b.attributes)):
-        return False
-    return all(_is_same(x, y, depth - 1) for x, y in zip(a.inputs, b.inputs, strict=True))
 
 
 def _restore_gelu(graph: ir.Graph, erf: ir.Node) -> None:
