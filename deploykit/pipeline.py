@@ -217,11 +217,11 @@ def _export(work: Work, kind: str) -> Artifact:
 
     def make(folder: Path) -> Artifact:
         from deploykit import export
-        from deploykit.models.tasks import most_samples
+        from deploykit.models.tasks import golden_samples
 
         work.sources.check()
         model, images = work.sources.model, work.sources.evaluation
-        some = images.take(range(min(settings.samples, len(images), most_samples(model))))
+        some = images.take(range(min(golden_samples(model, settings.samples), len(images))))
         golden = next(some.batches(replace(model.preprocess, feeds=settings.input), len(some)))
         write = export.onnx_model if kind == "onnx" else export.torchscript_model
         try:

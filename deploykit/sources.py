@@ -123,7 +123,11 @@ class Sources:
             return self._checked(found, "validation")
         if self._is_judged_on_held_out:
             return self.held_out
-        return self.calibration if self.calibration is not None else _noise(self.untrained, self.recipe.export.samples)
+        if self.calibration is not None:
+            return self.calibration
+        from deploykit.models.tasks import golden_samples
+
+        return _noise(self.untrained, golden_samples(self.untrained, self.recipe.export.samples))
 
     @property
     def _is_judged_on_held_out(self) -> bool:

@@ -109,7 +109,7 @@ class TestKinds:
 
         found = inspect(tmp_path / "net.toml")
 
-        assert (found["kind"], found["name"], found["export"]["samples"]) == ("recipe", "run", 16)
+        assert (found["kind"], found["name"], found["export"]["opset"]) == ("recipe", "run", 19)
 
     def test_everything_told_is_plain_json(self, graph):
         assert json.loads(json.dumps(inspect(graph))) == inspect(graph)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import networks
 import numpy as np
 import onnx
 import pytest
@@ -175,6 +177,28 @@ def exported(deploykit: Run, name: str, folder: Path, pictures: Path, *more: obj
     )
     assert outcome.code == 0, outcome.err
     return json.loads(outcome.out)
+
+
+class TestHowManyGoldenSamplesThereAre:
+    def of(self, side: int, task: tasks.Task = "classify", frames: int | None = None, **more: object) -> models.Model:
+        base = networks.model("lenet5")
+        shaped = replace(base.preprocess, crop=(side, side), frames=frames)
+        return replace(base, preprocess=shaped, task=task, **more)
+
+    @pytest.mark.parametrize(("side", "count"), [(32, 16), (224, 16), (240, 13), (299, 8), (380, 5), (600, 2), (2048, 2)])
+    def test_as_many_as_have_the_pixels_of_16_pictures_of_224(self, side, count):
+        assert tasks.golden_samples(self.of(side), None) == count
+
+    def test_the_frames_of_a_clip_count(self):
+        assert tasks.golden_samples(self.of(112, "clips", frames=16), None) == 4
+
+    @pytest.mark.parametrize("asked", [1, 16, 300])
+    def test_what_is_asked_for_is_what_there_is(self, asked):
+        assert tasks.golden_samples(self.of(600), asked) == asked
+
+    @pytest.mark.parametrize("asked", [None, 300])
+    def test_answers_that_are_large_are_few_whatever_is_asked(self, asked):
+        assert tasks.golden_samples(self.of(520, "segment", num_classes=21), asked) == 2
 
 
 class TestLoading:

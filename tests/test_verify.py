@@ -12,14 +12,14 @@ import networks
 import numpy as np
 import pytest
 
-from deploykit import build, data, parity, runtimes
+from deploykit import build, data, export, parity, runtimes
 from deploykit.artifact import Artifact, Precision, Samples
 from deploykit.build import Engine, realised_gate
 from deploykit.data import Images
 from deploykit.gate import Verdict, parse_rule
-from deploykit.recipe import shipped
+from deploykit.recipe import ExportTable, shipped
 from deploykit.runtimes import SLOW, onnxruntime
-from deploykit.verify import _blame, graph_answers, judge_graph
+from deploykit.verify import _blame, graph_answers, judge_graph, verify
 
 
 def samples(expected: np.ndarray, reference: np.ndarray) -> Samples:
@@ -175,6 +175,56 @@ class TestAGraphThatHasNoEngineYet:
         assert verdict(-answers, "disagreements <= 12", "disagreements <= 11") is Verdict.FAIL
         assert verdict(answers, "agreement >= 99 %") is Verdict.CANNOT_TELL  # twelve images are too few
         assert verdict(answers) is Verdict.PASS
+
+
+class TestWhatIsComputed:
+    @pytest.fixture
+    def asked(self, monkeypatch) -> list[tuple[str, int]]:
+        """Who was asked, and for how many pictures."""
+        seen: list[tuple[str, int]] = []
+        for module, name, position in ((export, "torch_logits", 1), (onnxruntime.OnnxSession, "feed", 1)):
+            real = getattr(module, name)
+
+            def spy(*given: Any, real: Any = real, name: str = name, position: int = position) -> Any:
+                batch = given[position]
+                seen.append((name, len(batch) if isinstance(batch, np.ndarray) else len(next(iter(batch.values())))))
+                return real(*given)
+
+            monkeypatch.setattr(module, name, spy)
+        return seen
+
+    def test_golden_samples_that_are_all_the_pictures_are_not_computed_again(self, pictures, asked, tmp_path):
+        model = networks.model("lenet5")
+        made = export.onnx_model(
+            model, next(pictures.batches(model.preprocess, 12)), None, ExportTable(), networks.made(tmp_path / "x")
+        )
+        asked.clear()
+
+        found = verify(model, pictures, [made], [], [])
+
+        assert asked == []
+        assert found["parity"][0]["disagreements"] == []
+
+    def test_other_pictures_are(self, pictures, asked, tmp_path):
+        model = networks.model("lenet5")
+        made = export.onnx_model(model, networks.images(12), None, ExportTable(), networks.made(tmp_path / "x"))
+        asked.clear()
+
+        verify(model, pictures, [made], [], [])
+
+        assert asked == [("torch_logits", 12), ("feed", 12)]
+
+    def test_an_engine_answers_for_itself(self, pictures, asked, tmp_path):
+        model = networks.model("lenet5")
+        made = export.onnx_model(
+            model, next(pictures.batches(model.preprocess, 12)), None, ExportTable(), networks.made(tmp_path / "x")
+        )
+        engine = Engine.of("onnxruntime", made, build.build(made, "onnxruntime", networks.made(tmp_path / "engine")))
+        asked.clear()
+
+        verify(model, pictures, [made], [engine], [])
+
+        assert asked == [("feed", 12), ("feed", 12)]  # on the pictures, and on the golden samples
 
 
 class TestSmallThings:

@@ -27,7 +27,7 @@ _ABSENT = "none of its own"
 # The standard deviation that random class scores are brought to, over all anchors: the highest of 91 classes then has a
 # probability of about 0.2, and no two boxes have scores that rounding could exchange.
 _SPREAD = 2.0
-_SAMPLES_BYTES, _MOST_BOXES = 64 << 20, 100
+_SAMPLES, _SAMPLES_BYTES, _MOST_BOXES = 16, 64 << 20, 100
 _CLASS_LAYERS = ("cls_score", "cls_logits", "classification_head.module_list")
 # Where Faster R-CNN and its kin, RetinaNet and FCOS, and SSD keep the number of their classes.
 _COUNTS = (
@@ -121,14 +121,19 @@ def count_classes(detector: Detector) -> int:
     return 0
 
 
-def most_samples(model: Model) -> int:
-    """How many golden samples a network may have: a map of scores, or a mask for each of a hundred boxes, is large."""
+def golden_samples(model: Model, asked: int | None) -> int:
+    """How many golden samples a network has: what was `asked`, or as many as have no more pixels together than 16 pictures of
+    224 x 224, at least 2 and at most 16; for PyTorch and ONNX Runtime's literal graph compute each of them. In either case no
+    more than answers fit a file of reasonable size: a map of scores, or a mask for each of a hundred boxes, is large.
+    """
     height, width = model.preprocess.crop
+    if asked is None:
+        asked = min(_SAMPLES, max(2, _SAMPLES * 224 * 224 // (height * width * (model.preprocess.frames or 1))))
     if model.task == "segment":
         of_one = model.num_classes * height * width
     else:
         of_one = _MOST_BOXES * height * width if "masks" in model.outputs else 1
-    return max(1, _SAMPLES_BYTES // (of_one * torch.float32.itemsize))
+    return max(1, min(asked, _SAMPLES_BYTES // (of_one * torch.float32.itemsize)))
 
 
 def many(module: nn.Module, images: torch.Tensor) -> None:

@@ -177,7 +177,13 @@ class ExportTable:
         "float",
     )
     tolerance: float = setting("largest max|d| / max|y| between an exported file and PyTorch", 1e-4, low=1e-7, high=1)
-    samples: int = setting("golden samples stored with each file", 16, low=1, high=4096)
+    samples: int | None = setting(
+        "golden samples stored with each file; when absent 16, or fewer of large pictures, but 2: as many as have the pixels of "
+        "16 pictures of 224 x 224",
+        None,
+        low=1,
+        high=4096,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
