@@ -148,6 +148,30 @@ class TestCleanNetworks:
         assert found.suspects == ()
         assert found.images == count
 
+    @pytest.mark.parametrize(("most", "is_clean"), [(0.09, True), (0.5, False)])
+    def test_may_have_the_weights_of_a_depthwise_kernel_moved_together_by_some_steps(self, form, planted, most, is_clean):
+        depthwise = "body.depthwise.0/Conv"
+
+        def move(values: np.ndarray) -> np.ndarray:
+            flat = values[3].reshape(-1).astype(int)
+            flat += np.where(np.abs(flat) < np.abs(flat).max(), round(most * np.abs(flat).max()), 0)
+            values[3] = np.clip(flat, -127, 127).reshape(values[3].shape)
+            return values
+
+        found = bisected(form("mobile", "float"), planted(form("mobile", "onnxruntime"), weights(depthwise, move)))
+
+        assert (depthwise not in [layer.node for layer in found.suspects]) == is_clean
+
+    @pytest.mark.parametrize("kind", INT8)
+    @pytest.mark.parametrize(("share", "is_clean"), [(0.6, True), (0.4, False)])
+    def test_may_have_ranges_that_hold_most_of_what_these_pictures_need(self, form, planted, kind, share, is_clean):
+        broken = planted(
+            form("residual", kind),
+            lambda model: change(model, input_quantizer(model, SECOND).input[1], lambda scale: scale * np.float32(share)),
+        )
+
+        assert (bisected(form("residual", "float"), broken).culprit is None) == is_clean
+
     @pytest.mark.parametrize("kind", INT8)
     def test_are_still_clean_when_their_weights_were_rounded_together(self, portable, tmp_path, kind):
         source = portable("residual")
