@@ -71,6 +71,7 @@ class CapabilityError(DeploykitError):
     exit_code = 4
 
 
+_SHOWN = 5  # names of a folder in a message
 _OS_ADVICE = {
     errno.ENOSPC: "free some space, or choose another place with --output",
     errno.EDQUOT: "free some of your quota, or choose another place with --output",
@@ -100,6 +101,30 @@ def translating_os_errors(doing: str, path: Path) -> Iterator[None]:
             why=(error.strerror or str(error)).lower(),
             fix=_OS_ADVICE[error.errno],
         ) from error
+
+
+def like(path: Path) -> str:
+    """What to try for a path where nothing is: what lies beside it under a name much like it, or a folder that is missing too."""
+    folder = path.parent
+    if not folder.is_dir():
+        missing = next(one for one in (folder, *folder.parents) if one.parent.is_dir() or one == one.parent)
+        return f"another path: there is no {printable(missing)} either"
+    import difflib  # a device's half loads this module at each start, and has no use for it
+
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return "another path"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"{printable(path.with_name(close[0]))}, which is there" if close else f"another path: {_beside(folder, names)}"
+
+
+def _beside(folder: Path, names: Sequence[str]) -> str:
+    shown = sorted(name for name in names if not name.startswith("."))
+    if not shown:
+        return f"{printable(folder.absolute())} is empty"
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return f"{printable(folder.absolute())} holds {', '.join(map(printable, shown[:_SHOWN]))}{more}"
 
 
 def printable(path: str | Path) -> str:

@@ -11,7 +11,7 @@ import tomllib
 
 from deploykit import bundle, runtimes
 from deploykit.artifact import MANIFEST, read_artifact
-from deploykit.errors import UsageError, printable
+from deploykit.errors import UsageError, like, printable
 from deploykit.jsonable import to_json
 
 _RUN = "result.json"
@@ -45,7 +45,12 @@ def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         if path.exists():
             raise UsageError(f"cannot read {printable(path)}", why="it is not a file")
-        raise UsageError(f"there is no {printable(path)}")
+        raise UsageError(f"there is no {printable(path)}", fix=like(path))
+    if path.suffix == ".py":
+        why = "it is Python code, and nothing is run to be looked at"
+        raise UsageError(
+            f"cannot inspect {printable(path)}", why=why, fix=f"deploykit export {printable(path)}:FACTORY --to onnx"
+        )
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix == ".toml":

@@ -274,8 +274,13 @@ class TestSides:
     def test_literal_is_for_onnx_graphs_alone(self, fp32, run_folder):
         assert "--literal B: " in problems(fp32, run_folder / "export-torchscript", literal=("B",), trust=True)
 
-    def test_what_does_not_exist_is_said_in_one_line(self, theirs):
-        assert problems(theirs, "nothing.onnx") == "B: there is no nothing.onnx"
+    def test_what_does_not_exist_is_said_with_what_does(self, theirs, tmp_path):
+        (tmp_path / "networks").mkdir()
+        (tmp_path / "networks" / "mine.onnx").touch()
+
+        said = problems(theirs, tmp_path / "networks" / "mime.onnx").splitlines()
+
+        assert said == [f"B: there is no {tmp_path}/networks/mime.onnx", f"  try: {tmp_path}/networks/mine.onnx, which is there"]
 
 
 class TestStrangersFiles:

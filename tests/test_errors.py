@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from deploykit.errors import printable
+from deploykit.errors import like, printable
 
 
 class TestNamesInMessages:
@@ -29,3 +29,28 @@ class TestNamesInMessages:
 
         assert shown.isprintable()
         shown.encode()
+
+
+class TestWhereNothingIs:
+    def test_a_name_much_like_it_is_offered(self, tmp_path):
+        (tmp_path / "photos").mkdir()
+
+        assert like(tmp_path / "photo") == f"{tmp_path}/photos, which is there"
+
+    def test_else_what_the_folder_holds(self, tmp_path):
+        for name in ("a.png", "b.png", ".hidden"):
+            (tmp_path / name).touch()
+
+        assert like(tmp_path / "labels.txt") == f"another path: {tmp_path} holds a.png, b.png"
+
+    def test_of_many_only_some(self, tmp_path):
+        for index in range(7):
+            (tmp_path / f"{index}.png").touch()
+
+        assert like(tmp_path / "labels.txt").endswith("4.png and 2 more")
+
+    def test_or_that_it_is_empty_or_not_there_either(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+
+        assert like(tmp_path / "empty" / "a.png") == f"another path: {tmp_path}/empty is empty"
+        assert like(tmp_path / "none" / "deeper" / "a.png") == f"another path: there is no {tmp_path}/none either"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from deploykit.errors import UsageError, printable, translating_os_errors
+from deploykit.errors import UsageError, like, printable, translating_os_errors
 from deploykit.publish import PARTIAL
 
 MOST_ENTRIES = 8192
@@ -88,7 +88,7 @@ def opened(path: Path) -> Iterator[Files]:
             with path.open("rb") as file:
                 yield _Zip(path, file)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no {printable(path)}") from error
+        raise UsageError(f"there is no {printable(path)}", fix=like(path)) from error
     except IsADirectoryError as error:
         raise UsageError(f"{printable(path)} changed while it was read") from error
 

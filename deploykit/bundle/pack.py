@@ -35,7 +35,7 @@ from deploykit.bundle import (
     sbom,
     signature,
 )
-from deploykit.errors import UsageError, printable, translating_os_errors
+from deploykit.errors import UsageError, like, printable, translating_os_errors
 from deploykit.gate import EXIT_CODES, Verdict, parse_rule
 from deploykit.jsonable import to_json
 from deploykit.machine import installed_version
@@ -171,7 +171,7 @@ def _beside(run: Path, timing_caches: Sequence[Path], tree: Path) -> list[str]:
     sources = {f"reports/{name}": run / name for name in (_RESULT, _REPORT) if (run / name).is_file()}
     for cache in timing_caches:
         if not cache.is_file():
-            raise UsageError(f"there is no timing cache {printable(cache)}")
+            raise UsageError(f"there is no timing cache {printable(cache)}", fix=like(cache))
         name = f"timing-caches/{_plain(cache.name)}"
         if name.casefold() in (other.casefold() for other in sources):
             raise UsageError(f"two timing caches are called {_plain(cache.name)} in the bundle", fix="rename one of them")

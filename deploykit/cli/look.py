@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from deploykit.cli.options import json_option, named_recipe, overrides_of, set_option
-from deploykit.errors import UsageError, printable
+from deploykit.errors import UsageError, like, printable
 from deploykit.gate import EXIT_CODES, Verdict
 
 
@@ -119,7 +119,7 @@ def _lint(path: Path, runtime: str, as_json: bool) -> int:
     from deploykit.quantize import lint
 
     if not path.exists():
-        raise UsageError(f"there is no {printable(path)}")
+        raise UsageError(f"there is no {printable(path)}", fix=like(path))
     if not path.is_file():
         raise UsageError(f"--rules wants an ONNX file, and {printable(path)} is none", fix="name the model.onnx itself")
     found = lint.lint(path, runtime)

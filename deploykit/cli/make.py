@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import typing
@@ -33,6 +34,7 @@ from deploykit.recipe import Recipe
 
 _RUNS = Path("runs")
 _FASTEST = "fastest"
+_POINTS = re.compile(r"\d+(\.\d+)?")
 _PARTS = ("train", "training", "val", "valid", "validation", "test")  # what people call the parts of a data set
 
 
@@ -175,7 +177,13 @@ def _trained_together(recipe: Recipe, out: Path, as_json: bool) -> int:
 @recipe_option("--calibrate", "data.calibrate", metavar="DIR")
 @recipe_option("--calibration-images", "data.calibration_images")
 @recipe_option("--validate", "data.validate", metavar="DIR")
-@click.option("--gate", type=click.FloatRange(0, 100), metavar="POINTS", help="Largest top-1 drop allowed; needs --validate.")
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="POINTS|RULE",
+    help="Largest top-1 drop allowed, which needs --validate; or any rule, such as 'agreement >= 99 %' or 'latency <= 5 ms'.",
+)
 @recipe_option("--batch", "export.batch", type=str, metavar="N|dynamic")
 @recipe_option("--size", "export.size")
 @recipe_option("--exporter", "export.exporter")
@@ -199,7 +207,7 @@ def export_command(
     fp32: bool,
     fp16: bool,
     int8: bool,
-    gate: float | None,
+    gates: tuple[str, ...],
     trust: bool,
     words: tuple[str, ...],
     cross_check: bool,
@@ -233,8 +241,8 @@ def export_command(
     content.setdefault("build", {}).update({"runtimes": runtimes, "float_type": "fp16" if fp16 else "fp32"})
     if int8:
         content.setdefault("quantize", {})
-    if gate is not None:
-        content["gate"] = [str(Rule("drop", gate))]
+    if gates:
+        content["gate"] = [str(Rule("drop", float(gate))) if _POINTS.fullmatch(gate) else gate for gate in gates]
     if skip_bad_images:
         content.setdefault("data", {})["skip_bad_images"] = True
     here = Path.cwd()

@@ -14,7 +14,7 @@ from torch import nn
 
 from deploykit import bundled, foreign, models, recipe, runtimes
 from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess, Tensors, TensorSpec, artifact_of, read_artifact
-from deploykit.errors import DeploykitError, UsageError, printable
+from deploykit.errors import DeploykitError, UsageError, like, printable
 from deploykit.export.boxes import torch_answer
 from deploykit.machine import available_cores
 from deploykit.models import preprocess
@@ -293,7 +293,7 @@ def _network(name: str, label: str, said: Said) -> Side:
         found = models.load(asked.model, asked.preprocess)
     except UsageError as error:
         if ":" not in name and ("/" in name or "." in name):
-            raise UsageError(f"{label}: there is no {printable(name)}") from error
+            raise UsageError(f"{label}: there is no {printable(name)}", fix=like(Path(name))) from error
         raise
     inputs = (TensorSpec("image", "float32", (1 if found.task == "detect" else "batch", *found.preprocess.shape)),)
     outputs = _answered_by(found)

@@ -11,7 +11,7 @@ import numpy as np
 
 from deploykit.data.images import Images, first_problems, refuse_bad_images
 from deploykit.data.pictures import EXTENSIONS, check_header
-from deploykit.errors import DataError, printable
+from deploykit.errors import DataError, like, printable
 
 # The first bytes of JPEG, PNG, GIF and TIFF (and of the raw formats of cameras, which are TIFF).
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
@@ -40,7 +40,10 @@ def folder(
         paths, bad = _find(root)
     except OSError as error:
         named = printable(error.filename or root)
-        raise DataError(f"cannot read the folder of images {named}", why=(error.strerror or str(error)).lower()) from error
+        fix = "" if root.exists() else like(root)
+        raise DataError(
+            f"cannot read the folder of images {named}", why=(error.strerror or str(error)).lower(), fix=fix
+        ) from error
     if not paths and not bad:
         raise DataError(f"there are no images in {origin}", why=f"no file in it ends in {', '.join(EXTENSIONS)}")
     indices, known = _classes_of(root, paths, tuple(classes), tuple(synsets)) if labelled else ({}, ())

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from deploykit.errors import ModelError, printable
+from deploykit.errors import ModelError, like, printable
 from deploykit.intake import door
 from deploykit.models import script, stored
 from deploykit.models.names import Adapt, hint, unwrapped
@@ -38,7 +38,7 @@ def load_state_dict(path: Path, key: str | None = None, *, trust: bool = False) 
     try:
         if not path.is_file():
             why = "it is a directory" if path.is_dir() else "it is not a file" if path.exists() else "there is no such file"
-            raise ModelError(f"cannot read the weights {printable(path)}", why=why)
+            raise ModelError(f"cannot read the weights {printable(path)}", why=why, fix="" if path.exists() else like(path))
         if trust and script.is_script(path):
             content: Any = script.weights(path)
         else:

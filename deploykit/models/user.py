@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from deploykit.errors import ModelError, printable
+from deploykit.errors import ModelError, like, printable
 from deploykit.models import arguments
 from deploykit.models.architecture import Architecture, Weights
 from deploykit.recipe import ModelTable
@@ -87,7 +87,7 @@ def explain(error: BaseException, folder: Path) -> str:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"cannot read the network's code {printable(path)}", why="there is no such file")
+        raise ModelError(f"cannot read the network's code {printable(path)}", why="there is no such file", fix=like(path))
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     assert spec is not None

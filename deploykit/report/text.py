@@ -29,7 +29,9 @@ def run(result: Mapping[str, Any]) -> str:
     parts.append(f"{model['name']}, {model['weights']}, {model['parameters']:,} parameters")
     parts += [f"note: {note}" for note in model["notes"]]
     parts += [f"warning: {warning}" for warning in (result["calibration"] or {}).get("warnings", [])]
-    parts += [f"warning: the benchmark is invalid: {doubt}" for doubt in (result["benchmark"] or {}).get("warnings", [])]
+    doubts = (result["benchmark"] or {}).get("warnings", [])
+    parts += [f"warning: the benchmark is invalid: {doubt}" for doubt in doubts]
+    parts += [f"  try: deploykit benchmark {result['out']}, when nothing else runs on this machine"] * bool(doubts)
     skipped = (result["calibration"] or {}).get("skipped", [])
     if skipped:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
@@ -40,10 +42,7 @@ def run(result: Mapping[str, Any]) -> str:
         for case in result["parity"]
         if "parts" in case
     ]
-    for engine in result["engines"]:
-        if not engine["built"]:
-            parts.append(f"no {engine['label']} engine was built: {engine['why']}")
-            parts += [f"  by TensorRT's own tool, in {result['out']}: {engine['next']}"] * bool(engine["next"])
+    parts += _not_built(result)
     if result.get("device"):
         parts += _device(result["device"])
     if model["random"]:
@@ -378,10 +377,24 @@ def _flipped(found: Mapping[str, Any], line: str) -> Iterator[str]:
         yield f"and {len(flips) - _LISTED} more: --json names them"
 
 
+def _not_built(result: Mapping[str, Any]) -> list[str]:
+    """Which engines there are not, each reason once, and what builds them."""
+    by_reason: dict[str, list[Mapping[str, Any]]] = {}
+    for engine in result["engines"]:
+        if not engine["built"]:
+            by_reason.setdefault(engine["why"], []).append(engine)
+    lines = []
+    for why, engines in by_reason.items():
+        lines.append(f"no {' and no '.join(engine['label'] for engine in engines)} engine was built: {why}")
+        lines += [f"  by TensorRT's own tool, in {result['out']}: {engine['next']}" for engine in engines if engine["next"]]
+    return lines
+
+
 def _stages(stages: Iterable[Mapping[str, Any]]) -> Table:
     table = _table("", "stage", "", "seconds", "")
     for stage in stages:
-        table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", stage["summary"])
+        is_told_below = stage["status"] == "not built" and stage["name"].startswith("build-")
+        table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", "" if is_told_below else stage["summary"])
     return table
 
 
