@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ FLOORS = (
         *("bundle", "infer", "lease", "watchdog"),
     },
     {"report", "inspect", "viewing", "bundled", "device", "engines"},
-    {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast", "rebuild"},
-    {"deploy"},
+    {"verify", "timing", "bisect", "stopwatch", "workspace", "isa", "crosscheck", "forecast", "rebuild", "work"},
+    {"deploy", "precision"},
     {"pipeline", "agent", "fleet"},
     {"cli", "__main__"},
 )
@@ -140,6 +141,13 @@ class TestTheHouse:
         rooms = {room(module) for module in MODULES} - {"", "recipes"}
 
         assert rooms == set(FLOOR)
+
+    def test_the_floors_are_told_to_contributors(self):
+        page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+
+        told = {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in re.findall(r"\| (\d) \| (.*) \|", page)}
+
+        assert told == dict(enumerate(FLOORS))
 
     @pytest.mark.parametrize("module", [name for name in MODULES if name])
     def test_a_module_imports_only_from_floors_below_its_own(self, module):
