@@ -71,7 +71,7 @@ class CapabilityError(DeploykitError):
     exit_code = 4
 
 
-_SHOWN = 5  # names of a folder in a message
+_SHOWN, _COMPARED = 5, 2000  # names of a folder in a message, and those that are compared with one that is not there
 _OS_ADVICE = {
     errno.ENOSPC: "free some space, or choose another place with --output",
     errno.EDQUOT: "free some of your quota, or choose another place with --output",
@@ -104,27 +104,29 @@ def translating_os_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def like(path: Path) -> str:
-    """What to try for a path where nothing is: what lies beside it under a name much like it, or a folder that is missing too."""
-    folder = path.parent
-    if not folder.is_dir():
-        missing = next(one for one in (folder, *folder.parents) if one.parent.is_dir() or one == one.parent)
-        return f"another path: there is no {printable(missing)} either"
-    import difflib  # a device's half loads this module at each start, and has no use for it
-
+    """What to try for a path where nothing is: what lies beside it under a name much like it, or what is in the way to it."""
     try:
-        names = [entry.name for entry in folder.iterdir()]
+        if path.is_symlink():
+            return f"another path: it is a link to {printable(path.readlink())}, which is not there"
+        folder = path.parent
+        if not folder.is_dir():
+            missing = next(one for one in (folder, *folder.parents) if one.parent.is_dir() or one == one.parent)
+            told = "is not a folder" if missing.exists() else "is not there either"
+            return f"another path: {printable(missing)} {told}"
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError:
         return "another path"
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"{printable(path.with_name(close[0]))}, which is there" if close else f"another path: {_beside(folder, names)}"
+    import difflib  # a device's half loads this module at each start, and has no use for it
+
+    close = difflib.get_close_matches(path.name, names, n=1) if len(names) <= _COMPARED else []
+    return f"{printable(path.with_name(close[0]))}, which is there" if close else f"another path: {_held(folder, names)}"
 
 
-def _beside(folder: Path, names: Sequence[str]) -> str:
-    shown = sorted(name for name in names if not name.startswith("."))
-    if not shown:
+def _held(folder: Path, names: Sequence[str]) -> str:
+    if not names:
         return f"{printable(folder.absolute())} is empty"
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return f"{printable(folder.absolute())} holds {', '.join(map(printable, shown[:_SHOWN]))}{more}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{printable(folder.absolute())} holds {', '.join(map(printable, names[:_SHOWN]))}{more}"
 
 
 def printable(path: str | Path) -> str:

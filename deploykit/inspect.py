@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def _facts(path: Path) -> dict[str, Any]:
     if path.suffix == ".py":
         why = "it is Python code, and nothing is run to be looked at"
         raise UsageError(
-            f"cannot inspect {printable(path)}", why=why, fix=f"deploykit export {printable(path)}:FACTORY --to onnx"
+            f"cannot inspect {printable(path)}", why=why, fix=f"deploykit export {shlex.quote(printable(path))}:FACTORY --to onnx"
         )
     if path.suffix == ".onnx":
         return _onnx(path)

@@ -125,9 +125,9 @@ class Sources:
             return self.held_out
         if self.calibration is not None:
             return self.calibration
-        from deploykit.models.tasks import golden_samples
+        from deploykit.models.tasks import noise_pictures
 
-        return _noise(self.untrained, golden_samples(self.untrained, self.recipe.export.samples))
+        return _noise(self.untrained, noise_pictures(self.untrained, self.recipe.export.samples))
 
     @property
     def _is_judged_on_held_out(self) -> bool:

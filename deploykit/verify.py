@@ -201,8 +201,8 @@ def _answers(
     ask: Callable[[NDArray[np.float32]], Logits],
     report: Callable[[int, int], None],
 ) -> Logits:
-    """What `ask` answers to all images, in batches. `golden` are inputs and the answers that were kept with them: where no
-    pictures but the golden samples were given, they are the images, and nothing is computed twice."""
+    """What `ask` answers to all images, in batches. `golden` are the first of them as they were fed, with the answers that were
+    kept; a batch of nothing else is not computed again."""
     found, done = [], 0
     for batch in images.batches(how, fixed if isinstance(fixed, int) else _BATCH):
         piece = slice(done, done + len(batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -108,6 +109,7 @@ def deploykit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
     yield run
     signal.signal(signal.SIGTERM, before)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

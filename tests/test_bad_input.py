@@ -20,6 +20,7 @@ from torch import nn
 
 from deploykit import recipe as recipes
 from deploykit.artifact import read_artifact
+from deploykit.cli import make
 
 
 class TouchesAMarker:
@@ -280,6 +281,15 @@ class TestRecipes:
 
 
 class TestOptions:
+    def test_a_gate_is_a_number_of_points_or_any_rule_and_there_may_be_several(self):
+        words = (".5", "1", "agreement >= 99 %", "latency <= 5 ms")
+
+        assert make._rules_of(words) == ["drop <= 0.5 points", "drop <= 1 points", *words[2:]]
+
+    @pytest.mark.parametrize("name", ["x" * 300, "none"])
+    def test_a_folder_of_images_that_cannot_be_there_is_refused(self, refused, name):
+        assert "cannot read the folder of images" in refused("export", "lenet5", "--to", "onnx", "--calibrate", name)
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
@@ -296,8 +306,10 @@ class TestOptions:
             (["--to", "onnx", "--classes", "-1"], "Invalid value for '--classes'"),
             (["--to", "onnx", "--weights", ""], "model.weights"),
             (["--to", "coreml"], "'coreml' is not one of 'onnx', 'torchscript', 'onnxruntime', 'openvino', 'tensorrt'"),
-            (["--to", "onnx", "--gate", "101"], "gate: 'drop <= 101 points': no drop is above 100 points"),
-            (["--to", "onnx", "--gate", "nonsense"], "gate: 'nonsense' is not a gate rule such as 'drop <= 0.5 points'"),
+            (["--to", "onnx", "--gate", "101"], "--gate 101: 'drop <= 101 points': no drop is above 100 points"),
+            (["--to", "onnx", "--gate", "nonsense"], "--gate nonsense: 'nonsense' is not a gate rule such as 'drop <= 0.5"),
+            (["--to", "onnx", "--gate", "nan"], "--gate nan: "),
+            (["--to", "onnx", "--gate", "-1"], "--gate -1: "),
             (["--to", "onnx", "--unknown"], "No such option"),
             ([], "Missing option '--to'"),
         ],

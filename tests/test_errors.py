@@ -53,4 +53,14 @@ class TestWhereNothingIs:
         (tmp_path / "empty").mkdir()
 
         assert like(tmp_path / "empty" / "a.png") == f"another path: {tmp_path}/empty is empty"
-        assert like(tmp_path / "none" / "deeper" / "a.png") == f"another path: there is no {tmp_path}/none either"
+        assert like(tmp_path / "none" / "deeper" / "a.png") == f"another path: {tmp_path}/none is not there either"
+
+    def test_or_that_a_file_is_in_the_way_or_a_link_leads_nowhere(self, tmp_path):
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to("gone")
+
+        assert like(tmp_path / "file" / "a.png") == f"another path: {tmp_path}/file is not a folder"
+        assert like(tmp_path / "link") == "another path: it is a link to gone, which is not there"
+
+    def test_and_nothing_more_where_the_name_itself_is_impossible(self, tmp_path):
+        assert like(tmp_path / ("x" * 300) / "a.png") == "another path"

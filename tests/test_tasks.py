@@ -198,7 +198,13 @@ class TestHowManyGoldenSamplesThereAre:
 
     @pytest.mark.parametrize("asked", [None, 300])
     def test_answers_that_are_large_are_few_whatever_is_asked(self, asked):
-        assert tasks.golden_samples(self.of(520, "segment", num_classes=21), asked) == 2
+        assert tasks.golden_samples(self.of(224, "segment", num_classes=81), asked) == 4
+        assert tasks.golden_samples(self.of(800, "detect", outputs=("boxes", "masks")), asked) == 1
+
+    def test_of_noise_there_is_enough_for_batch_norm(self):
+        assert tasks.noise_pictures(self.of(600), None) == 2
+        assert tasks.noise_pictures(self.of(600, "segment"), None) == 16
+        assert tasks.noise_pictures(self.of(600, "detect"), 3) == 3
 
 
 class TestLoading:

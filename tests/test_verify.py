@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deploykit import build, data, export, parity, runtimes
+from deploykit import verify as judgement
 from deploykit.artifact import Artifact, Precision, Samples
 from deploykit.build import Engine, realised_gate
 from deploykit.data import Images
@@ -204,6 +205,17 @@ class TestWhatIsComputed:
 
         assert asked == []
         assert found["parity"][0]["disagreements"] == []
+
+    def test_of_more_pictures_the_others_are(self, pictures, asked, tmp_path, monkeypatch):
+        monkeypatch.setattr(judgement, "_BATCH", 4)
+        model = networks.model("lenet5")
+        first = next(pictures.batches(model.preprocess, 4))
+        made = export.onnx_model(model, first, None, ExportTable(), networks.made(tmp_path / "x"))
+        asked.clear()
+
+        verify(model, pictures, [made], [], [])
+
+        assert asked == [("torch_logits", 4), ("torch_logits", 4), ("feed", 4), ("feed", 4)]
 
     def test_other_pictures_are(self, pictures, asked, tmp_path):
         model = networks.model("lenet5")

@@ -26,12 +26,16 @@ _ROUNDING = 16 * 2.0**-24
 # A step is called too coarse when it is that many times what the values seen here would need: few images do not show the
 # range of all, and tensors may share the range of the largest of them.
 _COARSER = 4.0
-# And a range is called too small when values lie further outside than that share of its end; less is the difference between these
-# images and those that were calibrated on: 0.72 was seen of networks without a fault (docs/decisions.md).
-_BEYOND = 1.0
-# Weights that are rounded together move by several steps, when they make up for each other or for what is cut off from their
-# input; of this share of the channel's largest weight none was moved.
-_MOVED = 0.1
+# And a range is called too small when values lie further outside than that share of its end on their side, where an end at
+# zero counts as a quarter of the range, and those outside are more than a hundredth of all that are not zero: ranges are chosen
+# so that few are cut off, and these few may lie anywhere. 0.43 % were seen of networks without a fault (docs/decisions.md).
+_BEYOND, _LEAST_END, _CUT = 0.5, 0.25, 0.01
+# Weights of few inputs also make up for what is cut off from these, and move by several steps for it; no further than that
+# share of their channel's largest. Kernels of 5x5 in a depthwise layer are the largest of few inputs.
+_MOVED, _FEW = 0.1, 25
+# Errors of weights that point that much (squared cosine) the way of the weights themselves, or all one way, are a wrong scale or
+# a wrong zero point. Nine that were chosen by chance do so once in some thousand times.
+_COHERENT = 0.8
 _LARGEST = 127  # of int8
 _LAYERS = ("Conv", "Gemm", "MatMul")
 # The values that come out are values that went in, or sums and averages of them that are no louder.
@@ -44,7 +48,7 @@ _PASSING = frozenset(
 @dataclass
 class Seen:
     """What passed through one tensor: sums over images and places for each channel, the range of it all, and what each range
-    that is asked for would cut off."""
+    that is asked for would cut off, with how many values."""
 
     signal: Power = field(default_factory=lambda: np.zeros(1))
     own: Power = field(default_factory=lambda: np.zeros(1))
@@ -53,6 +57,8 @@ class Seen:
     low: float = 0.0
     high: float = 0.0
     clipped: dict[tuple[float, float], Power] = field(default_factory=dict)
+    outside: dict[tuple[float, float], int] = field(default_factory=dict)
+    nonzero: int = 0
 
     def add(self, wanted: NDArray[np.float32], own: NDArray[np.float32] | None, total: NDArray[np.float32] | None) -> None:
         """Count a batch: the reference's values, the layer's alone on the reference's inputs, and those of the whole graph.
@@ -63,11 +69,14 @@ class Seen:
         self.own = self.own + _error(own, wanted)
         self.total = self.total + _error(total, wanted)
         self.count += wanted.size // max(1, len(self.signal))
+        self.nonzero += int(np.count_nonzero(wanted))
         low, high = float(wanted.min()), float(wanted.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         for (least, most), power in self.clipped.items():
             if low < least or high > most:
-                self.clipped[least, most] = power + powers(wanted - np.clip(wanted, least, most))
+                cut = wanted - np.clip(wanted, least, most)
+                self.clipped[least, most] = power + powers(cut)
+                self.outside[least, most] = self.outside.get((least, most), 0) + int(np.count_nonzero(cut))
 
     @property
     def moments(self) -> Power:
@@ -135,24 +144,30 @@ def _of_layer(
     summed = (rows * np.sqrt(moments)).sum(axis=1) + (0.0 if bias is None else np.abs(bias.reshape(-1)))
     adding = _ROUNDING**2 * rows.shape[1] * summed**2
     cut = (rows * np.sqrt(_fan_in(node, clipping, rows))).sum(axis=1) ** 2
-    of_weights = np.maximum(steps**2 / 12 * moments.sum(axis=1), _as_rounded(b, b.node_of(tensor), weights, steps, moments))
+    of_weights = np.maximum(steps**2 / 12 * moments.sum(axis=1), _as_learned(b, b.node_of(tensor), weights, steps, moments))
     found: Power = rounding * (rows**2).sum(axis=1) + cut + of_weights + adding
     return found
 
 
-def _as_rounded(b: Graph, node: onnx.NodeProto, weights: NDArray[np.float32], steps: Power, moments: Power) -> Power:
-    """The noise that each output channel's own weights make, where they are such as a quantizer leaves them: each within a step
-    of what it was, or as near to it as those are that were rounded together. 0 for other channels, and for weights in float.
+def _as_learned(b: Graph, node: onnx.NodeProto, weights: NDArray[np.float32], steps: Power, moments: Power) -> Power:
+    """The noise that each output channel's own weights make where a quantizer may have moved them on purpose: few of them, each
+    by a step or a small share of the largest, and not all together, as a wrong scale or zero point does. 0 for other channels.
 
-    Nine weights of a depthwise kernel are too few for the average of s^2 / 12.
+    s^2 / 12 for each weight is no estimate there: a kernel's nine rows are no average, and see nearly the same input.
     """
     found = b.constants.get(node.input[1])
     if found is None or found.shape != weights.shape or not steps.any():
         return np.zeros(1)
     wanted = as_rows(node, weights).astype(np.float64)
-    errors = np.abs(as_rows(node, found) - wanted)
+    errors = as_rows(node, found) - wanted
+    if wanted.shape[1] > _FEW:
+        return np.zeros(1)
     allowed = np.maximum(steps, _MOVED * np.abs(wanted).max(axis=1)) * (1 + 1e-6)
-    return np.where((errors <= allowed[:, None]).all(axis=1), (errors**2 * moments).sum(axis=1), 0)
+    is_learned = (np.abs(errors) <= allowed[:, None]).all(axis=1)
+    for direction in (wanted, np.ones_like(wanted)):
+        along = (errors * direction).sum(axis=1) ** 2
+        is_learned &= along <= _COHERENT * (errors**2).sum(axis=1) * (direction**2).sum(axis=1)
+    return np.where(is_learned, (errors**2 * moments).sum(axis=1), 0)
 
 
 def as_rows(node: onnx.NodeProto, weights: NDArray[Any]) -> NDArray[Any]:
@@ -189,7 +204,9 @@ def _rounding(b: Graph, quantizer: onnx.NodeProto, values: Seen) -> float:
 def _clipping(b: Graph, quantizer: onnx.NodeProto, values: Seen) -> Power:
     """What is cut off, unless more is cut off than a choice of ranges can be blamed for."""
     _, low, high = representable(b, quantizer)
-    if max(low - values.low, values.high - high) > _BEYOND * max(high, -low):
+    ends = (max(abs(end), _LEAST_END * (high - low)) for end in (low, high))
+    is_far = any(beyond > _BEYOND * end for beyond, end in zip((low - values.low, values.high - high), ends, strict=True))
+    if is_far and values.outside.get((low, high), 0) > _CUT * values.nonzero:
         return np.zeros(1)
     return values.clipped.get((low, high), np.zeros(1)) / max(1, values.count)
 

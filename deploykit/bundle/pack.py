@@ -171,7 +171,8 @@ def _beside(run: Path, timing_caches: Sequence[Path], tree: Path) -> list[str]:
     sources = {f"reports/{name}": run / name for name in (_RESULT, _REPORT) if (run / name).is_file()}
     for cache in timing_caches:
         if not cache.is_file():
-            raise UsageError(f"there is no timing cache {printable(cache)}", fix=like(cache))
+            why = "it is not a file" if cache.exists() else ""
+            raise UsageError(f"cannot read the timing cache {printable(cache)}", why=why, fix="" if why else like(cache))
         name = f"timing-caches/{_plain(cache.name)}"
         if name.casefold() in (other.casefold() for other in sources):
             raise UsageError(f"two timing caches are called {_plain(cache.name)} in the bundle", fix="rename one of them")

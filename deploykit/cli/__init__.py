@@ -18,14 +18,11 @@ from deploykit.cli import bundles, ci, compare, devices, look, make, targets
 from deploykit.errors import DeploykitError, UsageError
 
 _INTERRUPTED, _TERMINATED = 130, 143
-_COLLECT_AFTER = 100_000  # container objects made since the last collection
 
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that design and documentation promise."""
     signal.signal(signal.SIGTERM, _terminate)
-    # torch's exporter makes millions of objects that live to the end; Python looks through them all at every 700th new one.
-    gc.set_threshold(_COLLECT_AFTER)
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -47,7 +44,8 @@ def main() -> NoReturn:
         _tell_ci(error)
         raise
     finally:
-        gc.freeze()  # or the interpreter looks through them twice more, to free what ends with the process
+        # torch leaves millions of objects; the interpreter would look through them to free what ends with the process.
+        gc.freeze()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ from deploykit.cli.options import (
     skip_option,
 )
 from deploykit.errors import CapabilityError, UsageError, printable
-from deploykit.gate import Rule
+from deploykit.gate import Rule, parse_rule
 from deploykit.recipe import Recipe
 
 _RUNS = Path("runs")
 _FASTEST = "fastest"
-_POINTS = re.compile(r"\d+(\.\d+)?")
 _PARTS = ("train", "training", "val", "valid", "validation", "test")  # what people call the parts of a data set
 
 
@@ -242,7 +240,7 @@ def export_command(
     if int8:
         content.setdefault("quantize", {})
     if gates:
-        content["gate"] = [str(Rule("drop", float(gate))) if _POINTS.fullmatch(gate) else gate for gate in gates]
+        content["gate"] = _rules_of(gates)
     if skip_bad_images:
         content.setdefault("data", {})["skip_bad_images"] = True
     here = Path.cwd()
@@ -307,6 +305,24 @@ def _refuse_meaningless(targets: tuple[str, ...], *, fp32: bool, fp16: bool, int
         problems.append("--fp16 --to openvino: its engines here compute in float32 whatever the graph holds")
     if problems:
         raise UsageError("that combination has no meaning", problems=problems)
+
+
+def _rules_of(gates: Sequence[str]) -> list[str]:
+    """Each `--gate` as a rule: a number alone is a drop in points. Raises UsageError that names all that are neither."""
+    rules, problems = [], []
+    for gate in gates:
+        try:
+            rules.append(str(Rule("drop", float(gate))))
+        except ValueError:
+            rules.append(gate)
+        try:
+            parse_rule(rules[-1])
+        except ValueError as error:
+            problems.append(f"--gate {gate}: {error}")
+    if problems:
+        fix = "a number of points, such as --gate 0.5, or a rule in quotes"
+        raise UsageError("these are no gates", problems=problems, fix=fix)
+    return rules
 
 
 def _run_name(model: str) -> str:

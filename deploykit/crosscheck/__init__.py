@@ -28,6 +28,7 @@ from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.models.torchvision import imagenet_synsets
 from deploykit.progress import Progress, silent
+from deploykit.report.units import plural
 from deploykit.runtimes import Session
 
 __all__ = ["LABELS", "Said", "compare_two"]
@@ -392,6 +393,9 @@ def _next(asked: Question, judged: Judged) -> list[str]:
 def _notes(fed: Fed, has_decisions: bool) -> list[str]:
     if fed.origin == _GENERATED:
         return ["no pictures were given and neither side brings samples: answers can be compared, decisions mean nothing"]
+    if has_decisions and len(fed.names) < kin.FEWEST_IMAGES:
+        few = f"{plural(len(fed.names), 'image')}, and it takes {kin.FEWEST_IMAGES}; --data gives more"
+        return [f"whether B's classes are in the order of A's was not judged: there are only {few}"]
     if has_decisions:
         return []
     return ["there is no one floating-point output of (images, classes), so there are no decisions to compare"]

@@ -22,7 +22,7 @@ from deploykit.runtimes import Session
 # Golden samples that are looked at: an engine of another network gives itself away on the first.
 _GOLDEN = 8
 # Fewer answers lie near each other by chance, and a class seems to be another one.
-_FEWEST_IMAGES = 8
+FEWEST_IMAGES = 8
 # In power: 10 dB nearer to another class than to its own. INT8 that decides like FP32 is within 9 dB of it, or nearer.
 _NEARER = 10.0
 _ROWS = 256
@@ -77,7 +77,7 @@ def classes(sides: tuple[Side, Side], a: NDArray[np.floating], b: NDArray[np.flo
     names = next((side.classes for side in sides if side.classes), ())
     if told := _renamed(sides[0].classes, sides[1].classes):
         return GateResult(rule, Verdict.FAIL, None, None, told)
-    if len(a) < _FEWEST_IMAGES:
+    if len(a) < FEWEST_IMAGES:
         return None
     moved = _moved(a, b)
     if not moved:

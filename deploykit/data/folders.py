@@ -40,7 +40,7 @@ def folder(
         paths, bad = _find(root)
     except OSError as error:
         named = printable(error.filename or root)
-        fix = "" if root.exists() else like(root)
+        fix = like(root) if isinstance(error, FileNotFoundError) else ""
         raise DataError(
             f"cannot read the folder of images {named}", why=(error.strerror or str(error)).lower(), fix=fix
         ) from error

@@ -23,7 +23,7 @@ def write(model: ir.Model, path: Path, *, limit: int = LIMIT_BYTES) -> None:
     is_large = sum(tensor.nbytes for tensor in model.graph.initializers.tensors()) > limit
     ir.save(model, path, external_data=f"{path.name}.data" if is_large else None, size_threshold_bytes=_SMALL_BYTES)
     try:
-        # By its path it goes three times as fast, and no message may have 2 GiB; but the checker takes UTF-8 alone.
+        # By its path it goes three times as fast, and no message may have 2 GiB; but the checker takes no path that is not UTF-8.
         onnx.checker.check_model(str(path) if is_large or _is_utf8(path) else onnx.load(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError("the exported file is not valid ONNX", why=str(error).strip().partition("\n")[0]) from error

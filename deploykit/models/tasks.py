@@ -121,19 +121,28 @@ def count_classes(detector: Detector) -> int:
     return 0
 
 
+def noise_pictures(model: Model, asked: int | None) -> int:
+    """How many pictures of noise stand in for a data set. What is no classifier gets its BatchNorm from them, so there have to be
+    more than of golden samples."""
+    return asked or (_quickly_answered(model) if model.task == "classify" else _SAMPLES)
+
+
 def golden_samples(model: Model, asked: int | None) -> int:
-    """How many golden samples a network has: what was `asked`, or as many as have no more pixels together than 16 pictures of
-    224 x 224, at least 2 and at most 16; for PyTorch and ONNX Runtime's literal graph compute each of them. In either case no
-    more than answers fit a file of reasonable size: a map of scores, or a mask for each of a hundred boxes, is large.
-    """
+    """How many golden samples a network has: what was `asked`, or else as many as are quickly answered. In either case no more
+    than answers fit a file of reasonable size: a map of scores, or a mask for each of a hundred boxes, is large."""
     height, width = model.preprocess.crop
-    if asked is None:
-        asked = min(_SAMPLES, max(2, _SAMPLES * 224 * 224 // (height * width * (model.preprocess.frames or 1))))
     if model.task == "segment":
         of_one = model.num_classes * height * width
     else:
         of_one = _MOST_BOXES * height * width if "masks" in model.outputs else 1
-    return max(1, min(asked, _SAMPLES_BYTES // (of_one * torch.float32.itemsize)))
+    return max(1, min(asked or _quickly_answered(model), _SAMPLES_BYTES // (of_one * torch.float32.itemsize)))
+
+
+def _quickly_answered(model: Model) -> int:
+    """As many pictures as have no more pixels together than 16 of 224 x 224, at least 2: PyTorch and ONNX Runtime's literal graph
+    compute each golden sample."""
+    height, width = model.preprocess.crop
+    return min(_SAMPLES, max(2, _SAMPLES * 224 * 224 // (height * width * (model.preprocess.frames or 1))))
 
 
 def many(module: nn.Module, images: torch.Tensor) -> None:

@@ -87,7 +87,8 @@ def explain(error: BaseException, folder: Path) -> str:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"cannot read the network's code {printable(path)}", why="there is no such file", fix=like(path))
+        why, fix = ("it is not a file", "") if path.exists() else ("there is no such file", like(path))
+        raise ModelError(f"cannot read the network's code {printable(path)}", why=why, fix=fix)
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     assert spec is not None

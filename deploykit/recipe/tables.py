@@ -178,8 +178,8 @@ class ExportTable:
     )
     tolerance: float = setting("largest max|d| / max|y| between an exported file and PyTorch", 1e-4, low=1e-7, high=1)
     samples: int | None = setting(
-        "golden samples stored with each file; when absent 16, or fewer of large pictures, but 2: as many as have the pixels of "
-        "16 pictures of 224 x 224",
+        "golden samples stored with each file; when absent 16, or of large pictures as many as have the pixels of 16 of "
+        "224 x 224, at least 2. Of maps of scores and masks no more are stored than fit 64 MiB",
         None,
         low=1,
         high=4096,

@@ -31,7 +31,7 @@ def run(result: Mapping[str, Any]) -> str:
     parts += [f"warning: {warning}" for warning in (result["calibration"] or {}).get("warnings", [])]
     doubts = (result["benchmark"] or {}).get("warnings", [])
     parts += [f"warning: the benchmark is invalid: {doubt}" for doubt in doubts]
-    parts += [f"  try: deploykit benchmark {result['out']}, when nothing else runs on this machine"] * bool(doubts)
+    parts += [f"  try: mend that, and measure again by deploykit benchmark {result['out']}"] * bool(doubts)
     skipped = (result["calibration"] or {}).get("skipped", [])
     if skipped:
         parts.append(f"{len(skipped)} bad images were left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
@@ -385,8 +385,9 @@ def _not_built(result: Mapping[str, Any]) -> list[str]:
             by_reason.setdefault(engine["why"], []).append(engine)
     lines = []
     for why, engines in by_reason.items():
-        lines.append(f"no {' and no '.join(engine['label'] for engine in engines)} engine was built: {why}")
-        lines += [f"  by TensorRT's own tool, in {result['out']}: {engine['next']}" for engine in engines if engine["next"]]
+        lines.append(f"no engine was built for {', '.join(engine['label'] for engine in engines)}: {why}")
+        wanted = [engine for engine in engines if engine["next"]]
+        lines += [f"  {one['label']} by TensorRT's own tool, in {result['out']}: {one['next']}" for one in wanted]
     return lines
 
 
