@@ -6,9 +6,11 @@ killed goes on where it stopped, and running a finished recipe again takes secon
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -163,9 +165,22 @@ def _finetune(work: Work, processes: Processes | None = None) -> Artifact:
     return made
 
 
+@contextmanager
+def _rarely_collecting() -> Iterator[None]:
+    """With Python's cyclic collector at work after 100,000 new objects and not after 700: torch's exporter makes millions, few of
+    which can go before it is done. For one stage alone, because onnx_ir's graphs are circles of few objects and much memory."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def _export(work: Work, kind: str) -> Artifact:
     recipe, settings = work.recipe, work.recipe.export
 
+    @_rarely_collecting()
     def make(folder: Path) -> Artifact:
         from deploykit import export
         from deploykit.models.tasks import golden_samples

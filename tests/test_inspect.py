@@ -116,6 +116,14 @@ class TestKinds:
 
 
 class TestRefusing:
+    def test_code_is_not_run_to_be_looked_at(self, tmp_path):
+        (tmp_path / "my net.py").write_text("raise SystemExit")
+
+        with pytest.raises(UsageError, match="it is Python code") as refused:
+            inspect(tmp_path / "my net.py")
+
+        assert f"deploykit export '{tmp_path}/my net.py':FACTORY --to onnx" in str(refused.value)
+
     def test_nothing_is_nothing(self, tmp_path):
         with pytest.raises(UsageError, match=f"there is no {tmp_path / 'nothing'}"):
             inspect(tmp_path / "nothing")

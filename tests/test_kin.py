@@ -202,6 +202,16 @@ class TestClasses:
         side = kin_side()
         assert kin.classes((side, side), np.eye(4), np.eye(4)[:, ::-1]) is None
 
+    def test_of_too_few_images_are_said_not_to_be_judged(self, run, photos, tmp_path):
+        few = networks.made(tmp_path / "few")
+        for path in sorted(photos.iterdir())[:3]:
+            shutil.copyfile(path, few / path.name)
+
+        found = compare_two(str(run / "export-onnx"), str(run / "build-onnxruntime-int8"), Said(), images=few)
+
+        assert CLASSES not in [one["rule"] for one in found["gates"]]
+        assert any("was not judged: there are only 3 images, and it takes 8" in note for note in found["notes"])
+
     def test_that_are_equal_for_all_images_are_in_every_order(self):
         side = kin_side()
         assert kin.classes((side, side), np.ones((9, 4)), np.ones((9, 4))).verdict is Verdict.PASS

@@ -20,7 +20,7 @@ import pytest
 
 from deploykit import gate
 from deploykit.errors import UsageError
-from deploykit.report import charts, decisions, units
+from deploykit.report import charts, decisions, text, units
 from deploykit.report.html import IN_ORDER, render
 from deploykit.report.markup import element, escape
 
@@ -776,6 +776,34 @@ def test_an_element_escapes_what_it_is_given() -> None:
     assert element("p", "a < b & c", class_='x" y', hidden=True, title=None) == '<p class="x&quot; y" hidden>a &lt; b &amp; c</p>'
     assert element("p", element("b", "x"), ["y", None]) == "<p><b>x</b>y</p>"
     assert escape("'") == "&#x27;"
+
+
+class TestOnATerminal:
+    def without_engines(self) -> dict[str, Any]:
+        """Two engines of TensorRT that are not there for one reason, and their stages."""
+        result = full_result()
+        missing = [result["engines"][2] | {"label": f"tensorrt {kind}", "next": f"trtexec {kind}"} for kind in ("fp32", "int8")]
+        why = missing[0]["why"]
+        result["engines"] = [*result["engines"][:2], *missing]
+        stages = [
+            {"name": f"build-tensorrt-{kind}", "status": "not built", "seconds": 0.0, "summary": why} for kind in ("fp32", "int8")
+        ]
+        return result | {"stages": stages, "out": "runs/x", "report": "runs/x/report.html", "fastest": None, "device": None}
+
+    def test_the_reason_for_several_missing_engines_is_told_once_with_what_builds_each(self) -> None:
+        result = self.without_engines()
+
+        told = " ".join(text.run(result).split())
+
+        assert told.count(result["engines"][2]["why"]) == 1
+        assert "no engine was built for tensorrt fp32, tensorrt int8: " in told
+        assert "tensorrt fp32 by TensorRT's own tool, in runs/x: trtexec fp32" in told
+
+    def test_an_invalid_benchmark_says_how_to_measure_again(self) -> None:
+        result = self.without_engines()
+        result["benchmark"]["warnings"] = ["another program took 30 % of the cores"]
+
+        assert "try: mend that, and measure again by deploykit benchmark runs/x" in text.run(result)
 
 
 class TestInABrowser:

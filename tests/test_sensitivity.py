@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch import nn
 
-from deploykit import data, pipeline, quantize, runtimes
+from deploykit import data, pipeline, precision, quantize, runtimes
 from deploykit import recipe as recipes
 from deploykit.artifact import Artifact, Preprocess, read_artifact
 from deploykit.gate import Verdict
@@ -704,7 +704,7 @@ class TestAWholeRun:
         shutil.rmtree(run / "quantize-tensorrt")
         seen: list[np.ndarray] = []
         monkeypatch.setattr(quantize, "search", lambda case, **options: seen.append(case.images) or search(case, **options))
-        monkeypatch.setattr(pipeline, "_PROBED", 4)
+        monkeypatch.setattr(precision, "_PROBED", 4)
 
         pipeline.run(recipes.load(run / "recipe.toml"), run)
 

@@ -6,7 +6,6 @@ The new one (torch.export) sees the whole program; the legacy one (TorchScript t
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import re
@@ -62,7 +61,7 @@ def exported(
     """The graph as that exporter writes it, float in and out. Raises StageError with the reason at the bottom of its error."""
     example = torch.from_numpy(example_inputs(samples, settings))
     try:
-        with _quiet(), _rarely_collected():
+        with _quiet():
             return _EXPORTERS[exporter](model.module, example, settings, outputs)
     except Exception as error:  # torch.export and torch.onnx raise classes without a common base
         raise StageError(
@@ -164,18 +163,6 @@ def _quiet() -> Iterator[None]:
         # TracerWarning is a Warning of its own; that a traced program is wrong is found by comparing.
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _rarely_collected() -> Iterator[None]:
-    """With the cyclic collector at work after 100,000 new objects and not after 700: an exporter makes millions, and few of
-    them can go before it is done."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager
