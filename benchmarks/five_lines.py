@@ -141,18 +141,19 @@ def run(job: str, upstream: Path, clone: Path, venv: Path) -> list[dict[str, Any
                 "seconds": perf_counter() - start,
                 "annotations": len(notes),
                 "summary": summary.read_text() if summary.exists() else "",
-                "said": _kept(done.stdout + done.stderr, clone.parent),
+                "said": _kept(done.stdout + done.stderr, clone.parent) if line.startswith("deploykit") else "",
             }
         )
         if done.returncode:
+            if not line.startswith("deploykit"):
+                print(done.stdout, done.stderr, sep="", file=sys.stderr)
             break
     return steps
 
 
 def _kept(said: str, place: Path) -> str:
-    """The end of what a step said, without pip's list of what is there and without the folder that only this run had."""
-    lines = [line for line in said.replace(str(place), "").splitlines() if not line.startswith("Requirement already")]
-    return "\n".join(lines)[-4000:]
+    """The end of what a step of ours said, without the folder that only this run had; what pip says is of the machine."""
+    return said.replace(str(place), "")[-4000:]
 
 
 if __name__ == "__main__":

@@ -129,6 +129,15 @@ def _held(folder: Path, names: Sequence[str]) -> str:
     return f"{printable(folder.absolute())} holds {', '.join(map(printable, names[:_SHOWN]))}{more}"
 
 
+def is_utf8(path: object) -> bool:
+    """Whether a path or name can be written down as text: paths from a command line can hold bytes that are not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(path: str | Path) -> str:
     """A path or name as text that any terminal can print, on one line: bytes that are not UTF-8 appear as \\xNN, and so do
     characters that move the cursor, change colours or the direction of writing."""

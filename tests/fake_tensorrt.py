@@ -164,7 +164,7 @@ def _method(
         given = _matched(f"{name}.{member}", signatures, arguments, keywords, kinds)
         does = behaviour.__dict__.get(member)
         if does is None:
-            raise NotImplementedError(f"the fake has no {name}.{member}")
+            raise AssertionError(f"the fake has no {name}.{member}")
         failure = _failure(name, member, signatures[0]["returns"], told)
         if failure is not None and world.cuda.faults.strikes(f"{name}.{member}"):
             _say(self._logger, "ERROR", f"fault in {name}.{member}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from deploykit.errors import StageError
+from deploykit.errors import StageError, is_utf8
 
 # protobuf holds a message's size in 31 bits (protobuf.dev/programming-guides/proto-limits); the rest is for nodes and names.
 LIMIT_BYTES = (1 << 31) - (16 << 20)
@@ -24,14 +24,6 @@ def write(model: ir.Model, path: Path, *, limit: int = LIMIT_BYTES) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if is_large else None, size_threshold_bytes=_SMALL_BYTES)
     try:
         # By its path it goes three times as fast, and no message may have 2 GiB; but the checker takes no path that is not UTF-8.
-        onnx.checker.check_model(str(path) if is_large or _is_utf8(path) else onnx.load(path), full_check=True)
+        onnx.checker.check_model(str(path) if is_large or is_utf8(path) else onnx.load(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError("the exported file is not valid ONNX", why=str(error).strip().partition("\n")[0]) from error
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from deploykit.errors import RecipeError, printable
+from deploykit.errors import RecipeError, is_utf8, printable
 from deploykit.jsonable import to_json
 from deploykit.recipe.meaning import contradictions
 from deploykit.recipe.tables import BenchmarkTable, Recipe, declared, table_class
@@ -182,14 +182,14 @@ def _is_plain(value: Any) -> bool:
         return True
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
-    return _is_utf8(value) if isinstance(value, str) else isinstance(value, float) and abs(value) < float("inf")
+    return is_utf8(value) if isinstance(value, str) else isinstance(value, float) and abs(value) < float("inf")
 
 
 def _text(value: str, dotted: str, base: Path | None, problems: list[str]) -> str:
     """Text as it is or, with a `base`, as a path taken from there."""
     if not value or "\0" in value:
         problems.append(f"{dotted}: {_quote(value)} names nothing; leave the key out, or give it a value")
-    elif not _is_utf8(value):
+    elif not is_utf8(value):
         problems.append(f"{dotted}: {printable(value)} is not UTF-8, and recipes are; rename it or make a link to it")
     elif base is not None:
         try:
@@ -242,15 +242,6 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 
     near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
-def _is_utf8(value: Any) -> bool:
-    """Paths from a command line can hold bytes that are not; a recipe with them could not be written down."""
-    try:
-        str(value).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _type_name(option: Any) -> str:
