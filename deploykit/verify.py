@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -34,14 +34,24 @@ _KINDS = (("the activation", "activations"), ("the weights of", "weights"))
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare: a session for `artifact`. `is_engine` is False when the graph itself is executed literally.
+    """One thing to compare: `artifact`, which `open` runs. `is_engine` is False when the graph itself is executed literally.
     `model` is the graph that an engine was built from, whose facts say what was found out when it was quantized."""
 
     label: str
     artifact: Artifact
-    session: Session
+    open: Callable[[], Session]
     is_engine: bool
     model: Artifact
+
+    @cached_property
+    def session(self) -> Session:
+        """Opened where it is first asked something: answers that are kept ask nothing."""
+        return self.open()
+
+    def close(self) -> None:
+        """Give the session's memory back, if there was one."""
+        if "session" in vars(self):
+            self.session.close()
 
 
 def verify(
@@ -76,7 +86,7 @@ def verify(
         answers = _answers_of(case, images, progress)
         comparison = parity.compare(answers, reference, images.names, images.labels)
         conversion = _conversion(case)
-        case.session.close()
+        case.close()
         found.append(_as_json(case, comparison, conversion, name))
         if conversion is not None:
             gates.append(_conversion_gate(case, conversion))
@@ -107,7 +117,7 @@ def _verify_scenes(
     gates: list[GateResult] = []
     for case, viewer in zip(cases, viewers, strict=True):
         conversion, decided = _conversion(case), viewer.tally.decided()
-        case.session.close()
+        case.close()
         errors = {"quantization": {**_finite(asdict(viewer.errors)), "images": len(images)}, **viewing.as_json(decided)}
         found.append({**_about(case, len(images), conversion), **errors})
         if conversion is not None:
@@ -235,16 +245,16 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
     """TorchScript files; engines; and for graphs without an engine here, the graph itself on ONNX Runtime."""
     for made in exports:
         if made.format is Format.TORCHSCRIPT:
-            yield Case("torchscript fp32", made, torchscript.load(made), is_engine=True, model=made)
+            yield Case("torchscript fp32", made, partial(torchscript.load, made), is_engine=True, model=made)
         elif not any(engine.built for engine in engines):
-            yield Case("onnx fp32", made, onnxruntime.reference(made.path), is_engine=False, model=made)
+            yield Case("onnx fp32", made, partial(onnxruntime.reference, made.path), is_engine=False, model=made)
     for engine in engines:
         if engine.built is not None:
-            session = runtimes.get(engine.runtime).load(engine.built)
-            yield Case(engine.label, engine.built, session, is_engine=True, model=engine.model)
+            load = runtimes.get(engine.runtime).load
+            yield Case(engine.label, engine.built, partial(load, engine.built), is_engine=True, model=engine.model)
         elif engine.model.precision is not Precision.FP32:
-            session = onnxruntime.reference(engine.model.path)
-            yield Case(f"{engine.label}{units.REFERENCE}", engine.model, session, is_engine=False, model=engine.model)
+            load = partial(onnxruntime.reference, engine.model.path)
+            yield Case(f"{engine.label}{units.REFERENCE}", engine.model, load, is_engine=False, model=engine.model)
 
 
 def _conversion(case: Case) -> Conversion | None:

@@ -282,7 +282,17 @@ class TestPrograms:
         content[start : start + code.compress_size] = bytes(code.compress_size)
         program.write_bytes(content)
 
-        with pytest.raises(ModelError, match=r"lenet5\.pt"):
+        with pytest.raises(ModelError, match=r"lenet5\.pt(.|\n)*damaged"):
+            load_state_dict(program, trust=True)
+
+    def test_one_weight_of_a_program_that_changed_is_damage_too(self, program):
+        with zipfile.ZipFile(program) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+        content = bytearray(program.read_bytes())
+        content[largest.header_offset + largest.file_size // 2] ^= 1
+        program.write_bytes(content)
+
+        with pytest.raises(ModelError, match=r"lenet5\.pt(.|\n)*damaged(.|\n)*data/4"):
             load_state_dict(program, trust=True)
 
     def test_a_file_that_is_no_zip_is_no_program(self, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,20 +13,23 @@ from deploykit.models import Model
 from deploykit.runtimes import padded
 
 INPUT, OUTPUT = "image", "logits"
+# What PyTorch is given at once: with more, the results of the first layers are larger than any cache (docs/decisions.md).
+_PIXELS = 4 * 224 * 224
 
 
 def torch_logits(model: Model, inputs: NDArray[np.float32], batch: int | str = "dynamic") -> NDArray[np.float32]:
     """What the FP32 PyTorch module answers: (N, C, H, W) -> (N, classes), or of a segmenter (N, classes, H, W).
 
-    With a fixed `batch` the module only ever sees so many images, the last ones repeated where some are missing.
+    With a fixed `batch` the module only ever sees so many images, the last ones repeated where some are missing; else as many
+    as are answered fastest.
     """
     wanted = ("N", "classes", "H", "W") if model.task == "segment" else ("N", "classes")
-    size = batch if isinstance(batch, int) else len(inputs)
+    size = batch if isinstance(batch, int) else max(1, _PIXELS // math.prod(inputs.shape[2:]))
     found = []
     for start in range(0, len(inputs), size):
         piece = inputs[start : start + size]
         with torch.inference_mode():
-            answer = model.module(torch.from_numpy(padded(piece, size)))
+            answer = model.module(torch.from_numpy(padded(piece, size) if isinstance(batch, int) else piece))
         if not isinstance(answer, torch.Tensor) or answer.ndim != len(wanted) or answer.dtype != torch.float32:
             raise StageError(
                 f"{model.name} does not answer like a {'segmenter' if model.task == 'segment' else 'classifier'}",

@@ -249,7 +249,11 @@ def _count_classes(module: nn.Module, preprocess: Preprocess, architecture: Arch
     if isinstance(module, tasks.Detector):
         return tasks.count_classes(module)
     with torch.no_grad():
-        answer = module(torch.zeros(1, *preprocess.shape))
+        if architecture.answers_shapes:
+            state = {key: value.to("meta") for key, value in module.state_dict().items()}
+            answer = torch.func.functional_call(module, state, (torch.zeros(1, *preprocess.shape, device="meta"),))
+        else:
+            answer = module(torch.zeros(1, *preprocess.shape))
     what, wanted = ("segmenter", "1xCLASSESxHEIGHTxWIDTH") if task == "segment" else ("classifier", "1xCLASSES")
     dimensions = 4 if task == "segment" else 2
     if not isinstance(answer, torch.Tensor) or answer.dim() != dimensions or answer.shape[0] != 1:

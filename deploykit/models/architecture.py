@@ -36,7 +36,7 @@ class Architecture:
     architecture decides, None where a user's network says nothing. `default_weights` is None when nobody published
     any. `adapt` brings checkpoints that older library versions wrote up to date. `classes` are the names that the
     published weights were trained on. `folder` is where a user's own code is, for messages about errors in it. `task` is None
-    where the network itself says it, or nothing does.
+    where the network itself says it, or nothing does. `answers_shapes`: its forward is known to run on shapes without values.
     """
 
     name: str
@@ -49,3 +49,4 @@ class Architecture:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     task: Task | None = None
+    answers_shapes: bool = False

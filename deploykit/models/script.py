@@ -24,9 +24,10 @@ def is_script(path: Path) -> bool:
 def weights(path: Path) -> Mapping[str, torch.Tensor]:
     """The parameters and buffers of the module that was saved, by name. The program in the file runs.
 
-    Raises ModelError when torch cannot load it, or when it has no named weights, as a frozen one.
+    Raises ModelError when it is damaged, when torch cannot load it, or when it has no named weights, as a frozen one.
     """
     name = printable(path)
+    _check_members(path, name)
     try:
         with warnings.catch_warnings():
             # torch deprecates torch.jit: FutureWarning in 2.15, DeprecationWarning before.
@@ -43,3 +44,14 @@ def weights(path: Path) -> Mapping[str, torch.Tensor]:
             fix="take the file that it was frozen from, or compare it as it is: deploykit parity A B --trust",
         )
     return found
+
+
+def _check_members(path: Path, name: str) -> None:
+    """Every member against its checksum: torch's reader takes what its buffer holds where one cannot be unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # zipfile raises anything for damaged archives
+        raise ModelError(f"cannot load the TorchScript file {name}", why=f"it is damaged: {error}") from error
+    if bad is not None:
+        raise ModelError(f"cannot load the TorchScript file {name}", why=f"it is damaged: {bad!r} has another checksum")

@@ -61,6 +61,7 @@ def architecture(model: ModelTable, side: int | None = None) -> Architecture:
         adapt=lambda state_dict: _adapt(model.name, state_dict),
         classes=tuple(published.meta["categories"]),
         notes=notes,
+        answers_shapes=True,
     )
 
 
