@@ -4,8 +4,9 @@ usage: python benchmarks/finetune_kill_sweep.py [--kills 20] [--epochs 6] [--see
 
 Each trial trains CIFAR's ResNet-20 in an empty folder (the head on cached features and then everything, with EMA and
 augmentation), is killed at a moment drawn over the length of an undisturbed training, and is started again. The file of weights
-has to be that of the undisturbed training, byte for byte, and no finished epoch is trained again. Children are forked from one
-process that has loaded everything, so a trial takes the time of a training alone.
+has to be that of the undisturbed training, byte for byte, and no finished epoch is trained again. Where a training ended before
+its moment, another one is drawn. Children are forked from one process that has loaded everything, so a trial takes the time of
+a training alone.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ def main() -> None:
                 sys.exit("the undisturbed training failed")
             length = monotonic() - start
         wanted = digest_file(scratch / "whole" / "finetune" / "model.safetensors")
-        trials = [_trial(asked, scratch / str(n), generator.uniform(0, length), wanted) for n in range(arguments.kills)]
+        trials: list[dict[str, Any]] = []
+        while (killed := sum(trial["was_killed"] for trial in trials)) < arguments.kills and len(trials) < 3 * arguments.kills:
+            trials.append(_trial(asked, scratch / str(len(trials)), generator.uniform(0, length), wanted))
     failures = [trial for trial in trials if trial["problems"]]
-    killed = sum(trial["was_killed"] for trial in trials)
     print(f"{len(trials)} trials over {length:.1f} s, {killed} killed before their end: {len(failures)} with problems")
     write("finetune_kill_sweep", {"length_s": length, "epochs": arguments.epochs, "trials": trials}, arguments.output)
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if failures or killed < arguments.kills else 0)
 
 
 def _trial(asked: recipe.Recipe, folder: Path, delay_s: float, wanted: str) -> dict[str, Any]:

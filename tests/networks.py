@@ -5,6 +5,7 @@ Weights are random but seeded, BatchNorm statistics are moved away from 0 and 1,
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,12 @@ def made(folder: Path) -> Path:
     """The folder, which exists afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def flip_a_bit_of_the_largest_member(path: Path) -> None:
+    """What a disk may do to a zip file: one weight has another value."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit import artifact, build, crosscheck, export, foreign, models, parity
 from deploykit.artifact import Artifact, Precision
 from deploykit.crosscheck import Said, compare_two, measures, nonfinite, pairing, sides, stress
-from deploykit.errors import UsageError
+from deploykit.errors import ModelError, UsageError
 from deploykit.gate import Verdict, parse_rule
 from deploykit.machine import available_cores, cpu_features
 from deploykit.recipe import ExportTable, ModelTable
@@ -243,6 +243,13 @@ class TestSides:
         script.write_bytes(b"hello")
 
         assert f"{script} is no TorchScript that can be loaded" in problems(script, fp32, trust=True)
+
+    def test_torchscript_that_is_damaged_is_refused_before_torch_loads_it(self, run_folder, tmp_path, fp32):
+        script = shutil.copy(artifact.read_artifact(run_folder / "export-torchscript").path, tmp_path / "theirs.pt")
+        networks.flip_a_bit_of_the_largest_member(script)
+
+        with pytest.raises(ModelError, match=r"theirs\.pt(.|\n)*damaged"):
+            compare_two(str(script), fp32, Said(trust=True))
 
     @pytest.mark.parametrize(
         ("said", "told"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -280,6 +281,25 @@ class TestGelu:
 
         assert operators(source).count("Erf") == 1
         assert {"Gelu", "Erf"} & set(operators(engine)) == {"Gelu"}
+
+
+class TestPyTorchsAnswers:
+    """docs/decisions.md, large pictures: PyTorch answers few of them at once faster than many."""
+
+    @pytest.mark.parametrize(
+        ("side", "batch", "seen"),
+        [(28, "dynamic", [5]), (300, "dynamic", [2, 2, 1]), (500, "dynamic", [1] * 5), (300, 4, [4, 4])],
+    )
+    def test_are_those_of_pieces_of_four_pictures_of_224_pixels_or_of_the_fixed_batch(self, side, batch, seen):
+        batches: list[int] = []
+        module = Doubled()
+        module.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+        pictures = np.random.default_rng(0).random((5, 3, side, side), np.float32)
+
+        answers = export.torch_logits(replace(networks.model("lenet5"), module=module), pictures, batch)
+
+        assert batches == seen
+        assert answers == pytest.approx(2 * pictures.mean((2, 3)), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

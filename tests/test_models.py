@@ -203,6 +203,17 @@ class TestTorchvision:
         assert (model.preprocess.mean, model.preprocess.std) == (IMAGENET["mean"], IMAGENET["std"])
         assert (model.preprocess.interpolation, model.preprocess.channels) == ("bilinear", "RGB")
 
+    def test_no_picture_is_computed_to_count_the_classes_of_a_torchvision_network(self):
+        devices: set[str] = set()
+        with torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda _, given: devices.update(str(value.device) for value in given)
+        ):
+            model = load("squeezenet1_1", classes=7)
+
+        assert devices == {"meta"}
+        assert model.num_classes == 7
+        assert {str(value.device) for value in model.module.state_dict().values()} == {"cpu"}
+
     def test_a_checkpoint_with_ten_classes_makes_a_network_with_ten(self, tmp_path):
         torch.save(library.squeezenet1_1(num_classes=10).state_dict(), tmp_path / "ten.pth")
 

@@ -17,7 +17,7 @@ from deploykit.artifact import MANIFEST, Artifact, Format, Precision, Preprocess
 from deploykit.errors import DeploykitError, UsageError, like, printable
 from deploykit.export.boxes import torch_answer
 from deploykit.machine import available_cores
-from deploykit.models import preprocess
+from deploykit.models import preprocess, script
 from deploykit.publish import UNFINISHED
 from deploykit.recipe import PreprocessTable
 from deploykit.runtimes import Session, check_inputs, onnxruntime, torchscript
@@ -275,6 +275,7 @@ def _script(name: str, label: str, said: Said, other: Side | None) -> Side:
 
 
 def _check_script(found: Artifact) -> None:
+    script.check_members(found.path)
     try:
         torchscript.load(found).close()
     except RuntimeError as error:

@@ -26,8 +26,8 @@ def weights(path: Path) -> Mapping[str, torch.Tensor]:
 
     Raises ModelError when it is damaged, when torch cannot load it, or when it has no named weights, as a frozen one.
     """
+    check_members(path)
     name = printable(path)
-    _check_members(path, name)
     try:
         with warnings.catch_warnings():
             # torch deprecates torch.jit: FutureWarning in 2.15, DeprecationWarning before.
@@ -46,8 +46,12 @@ def weights(path: Path) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def _check_members(path: Path, name: str) -> None:
-    """Every member against its checksum: torch's reader takes what its buffer holds where one cannot be unpacked."""
+def check_members(path: Path) -> None:
+    """Compare every member with its checksum: torch takes what its buffer happens to hold where one cannot be unpacked.
+
+    Raises ModelError for a damaged file.
+    """
+    name = printable(path)
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
