@@ -17,7 +17,7 @@ from typing import Any
 from deploykit import bundle, lease
 from deploykit.bundle import DEVICE_HALF, Bundle, incoming
 from deploykit.device import BUILD_SILENCE_S, ROOT, Device, Lease, sendable
-from deploykit.errors import DeploykitError, LineError, UsageError, printable
+from deploykit.errors import DeploykitError, LineError, StageError, UsageError, printable
 from deploykit.progress import Progress, silent
 from deploykit.remote import Connection
 
@@ -26,6 +26,8 @@ _ROUNDS = 3  # of sending what came damaged
 _MOST_RUNS = 20_000  # of blocks, so that the line that names them stays below its limit
 _DONE = 0
 _IS_HELD = "is being changed by another process"
+_GRACE_S = 60.0  # for a device's watchdog, which looks every 20 s, and for a line that is cut
+_LOOKS, _LOOK_S = 20, (1.0, 10.0)  # how often a device on trial is asked while its time lasts, and the shortest and longest pause
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,42 @@ def deploy(
         seconds=time.monotonic() - began,
         answers=answers,
     )
+
+
+def await_confirmation(
+    connect: Callable[[], Connection], root: str, id: str, how: How, *, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Wait until a release that was activated on trial is confirmed, by its application or by `deploykit device confirm`.
+
+    A device that cannot be reached is asked again as long as its time lasts: it may be starting again, which ends the trial.
+    Raises StageError when it went back, or when its time is over and nobody has confirmed.
+    """
+    assert how.confirm_within_s is not None
+    until = time.monotonic() + how.confirm_within_s + _GRACE_S
+    rest = min(max(how.confirm_within_s / _LOOKS, _LOOK_S[0]), _LOOK_S[1])
+    failed = f"the release {id} was not confirmed within {how.confirm_within_s:g} s"
+    while True:
+        why = ""
+        try:
+            connection = connect()
+            try:
+                device = Device(connection, root, python=how.python)
+                said = device.ask("status")
+            finally:
+                connection.close()
+        except LineError as error:
+            why = f"it cannot be reached: {error}"
+        else:
+            if said["current"] != id:
+                raise StageError(f"{device.name}: {failed}", why=f"it went back to {said['current']}")
+            if said["trial"] is None:
+                return
+            if said["trial"]["seconds_left"] <= 0 and said["previous"] is None:
+                raise StageError(f"{device.name}: {failed}", why="it still runs: there is no release to go back to")
+            why = "it still runs: nothing there looks after it, see `deploykit-device watch`"
+        if time.monotonic() > until:
+            raise StageError(failed, why=why)
+        pause(rest)
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,13 @@ def roll_out(
     signers: Path | None = None,
     show: Callable[[dict[str, Row]], None] = lambda rows: None,
     deploy_one: Callable[[Member], Deployed] | None = None,
+    confirm_one: Callable[[Member, Deployed], None] | None = None,
 ) -> RollOut:
     """Deploy the bundle at `path` to every device of `fleet` that is not done; what becomes of each is kept in `folder`.
 
     A canary that fails stops it, and so do `fleet.stop_after` failures together: what is running is finished, nothing more is
-    started. A page and JUnit are written at the end, also of a roll-out that stopped.
+    started. A device that has its release on trial is done when that is confirmed, and has failed when it went back. A page and
+    JUnit are written at the end, also of a roll-out that stopped.
     Raises UsageError when `folder` holds the roll-out of another bundle, or the bundle is none.
     """
     found = bundle.check(path, signers=signers)
@@ -173,9 +175,12 @@ def roll_out(
     def by_hand(member: Member) -> Deployed:
         return deploy.deploy(path, lambda: member.connect(fleet.ssh_config), member.how, owner=owner, signers=signers)
 
+    def until_confirmed(member: Member, done: Deployed) -> None:
+        deploy.await_confirmation(lambda: member.connect(fleet.ssh_config), done.root, done.id, member.how)
+
     with publish.lock(folder):
         rows = _resumed(folder / STATE, manifest, fleet)
-        rolling = _Rolling(fleet, rows, folder / STATE, manifest, show, deploy_one or by_hand)
+        rolling = _Rolling(fleet, rows, folder / STATE, manifest, show, deploy_one or by_hand, confirm_one or until_confirmed)
         try:
             why = rolling.run()
         except BaseException as error:
@@ -216,10 +221,12 @@ class _Rolling:
         manifest: Manifest,
         show: Callable[[dict[str, Row]], None],
         deploy_one: Callable[[Member], Deployed],
+        confirm_one: Callable[[Member, Deployed], None],
     ) -> None:
         self.rows, self.why_stopped = rows, ""
-        self._fleet, self._state, self._manifest, self._show, self._deploy = fleet, state, manifest, show, deploy_one
-        self._ended: queue.Queue[tuple[str, Row]] = queue.Queue()
+        self._fleet, self._state, self._manifest, self._show = fleet, state, manifest, show
+        self._deploy, self._confirm = deploy_one, confirm_one
+        self._said: queue.Queue[tuple[str, Row]] = queue.Queue()
 
     def run(self) -> str:
         """All waves; why it stopped before the end."""
@@ -232,8 +239,8 @@ class _Rolling:
                     running += 1
                 if not running:
                     break
-                name, row = self._ended.get()
-                running -= 1
+                name, row = self._said.get()
+                running -= row.outcome is not Outcome.RUNNING
                 self._keep(name, row)
             self.why_stopped = self._stop(is_canary, members)
             if self.why_stopped:
@@ -255,14 +262,19 @@ class _Rolling:
         began = time.monotonic()
         try:
             done = self._deploy(member)
+            is_on_trial = member.how.confirm_within_s is not None and not done.code
+            if is_on_trial:
+                self._said.put((member.name, Row(member.group, Outcome.RUNNING, "on trial", 0, done.seconds)))
+                self._confirm(member, done)
             outcome = Outcome.FAILED if done.code else Outcome.DONE
-            text = f"did not pass {done.stage}" if done.code else f"runs {done.id[:12]}, {done.sent_bytes:,} bytes sent"
+            runs = f"runs {done.id[:12]}, {done.sent_bytes:,} bytes sent" + ", confirmed" * is_on_trial
+            text = f"did not pass {done.stage}" if done.code else runs
             row = Row(member.group, outcome, text, done.code, done.seconds, {**done.facts, "answers": {}})
         except DeploykitError as error:
             row = Row(member.group, Outcome.FAILED, str(error), error.exit_code, time.monotonic() - began)
         except BaseException as error:
             row = Row(member.group, Outcome.FAILED, f"{type(error).__name__}: {error}", 1, time.monotonic() - began)
-        self._ended.put((member.name, row))
+        self._said.put((member.name, row))
 
     def _keep(self, name: str, row: Row) -> None:
         self.rows[name] = row

@@ -26,7 +26,7 @@ from deploykit import agent, bundle, deploy, lease, slots, watchdog
 from deploykit.bundle import incoming, pack
 from deploykit.deploy import How
 from deploykit.device import Device, trusted
-from deploykit.errors import DeploykitError, LineError, UsageError
+from deploykit.errors import DeploykitError, LineError, StageError, UsageError
 from deploykit.remote import Done, connect
 from deploykit.remote.process import Local
 from deploykit.slots import Moment
@@ -109,6 +109,81 @@ class TestDeployingOverSsh:
         assert (said["current"], said["previous"], said["lease"]) == (other.id, first.id, None)
         assert json.loads(deploykit("rollback", server.address, *words).out)["current"] == first.id
         assert slots.current(root) == first.id
+
+
+class TestATrial:
+    """What a roll-out waits for after it has put a release on trial."""
+
+    @pytest.fixture
+    def on_trial(self, bundles, how) -> deploy.Deployed:
+        to_local(bundles["adds"], how)
+        done = to_local(bundles["multiplies"], replace(how, confirm_within_s=300.0))
+        assert done.code == 0
+        return done
+
+    def wait(self, done: deploy.Deployed, how: How, *, meanwhile: Callable[[], None], connection: Any = Local) -> list[float]:
+        """The pauses that were made; `meanwhile` happens in the first."""
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            if not pauses:
+                meanwhile()
+            pauses.append(seconds)
+            assert len(pauses) < 5
+
+        deploy.await_confirmation(connection, done.root, done.id, replace(how, confirm_within_s=300.0), pause=pause)
+        return pauses
+
+    def test_is_over_when_the_application_confirms(self, on_trial, how, root):
+        there = Device(Local(), str(root), python=sys.executable)
+
+        assert self.wait(on_trial, how, meanwhile=lambda: there.ask("confirm")) == [10.0]
+
+    def test_has_failed_when_the_device_went_back(self, on_trial, how, root, bundles):
+        there = Device(Local(), str(root), python=sys.executable)
+
+        with pytest.raises(StageError, match=rf"not confirmed within 300 s(.|\n)*went back to {manifest_of(bundles['adds']).id}"):
+            self.wait(on_trial, how, meanwhile=lambda: there.ask("rollback"))
+
+    def test_a_device_that_cannot_be_reached_is_asked_again(self, on_trial, how, root):
+        there, cuts = Device(Local(), str(root), python=sys.executable), iter([True, False])
+
+        def connection() -> Local:
+            if next(cuts):
+                raise LineError("no route to host")
+            return Local()
+
+        assert self.wait(on_trial, how, meanwhile=lambda: there.ask("confirm"), connection=connection) == [10.0]
+
+    def test_that_nobody_ends_is_a_failure_when_its_time_is_over(self, on_trial, how, monkeypatch):
+        monkeypatch.setattr(deploy, "_GRACE_S", -300.0)
+
+        with pytest.raises(StageError, match=r"not confirmed within 300 s(.|\n)*nothing there looks after it"):
+            self.wait(on_trial, how, meanwhile=lambda: None)
+
+    def test_is_confirmed_for_a_fleet_by_one_command_and_once(self, on_trial, root, deploykit, tmp_path):
+        (tmp_path / "fleet.toml").write_text(
+            f"""
+            root = "{root}"
+            python = "{sys.executable}"
+            [devices.here]
+            address = "local"
+            """
+        )
+        words = ["device", "confirm", "--fleet", str(tmp_path / "fleet.toml")]
+
+        other = deploykit(*words, "f" * 64)
+        first, second = deploykit(*words, on_trial.id), deploykit(*words)
+
+        assert (other.code, "is not on trial" in other.out) == (2, True)
+        assert (first.code, first.out.strip()) == (0, f"here: keeps {on_trial.id[:12]}")
+        assert (second.code, second.out.strip()) == (1, "here: nothing is on trial")
+
+    def test_of_a_first_release_that_is_not_confirmed_says_that_it_still_runs(self, bundles, how):
+        done = to_local(bundles["adds"], replace(how, confirm_within_s=0.0))
+
+        with pytest.raises(StageError, match="there is no release to go back to"):
+            self.wait(done, how, meanwhile=lambda: None)
 
 
 class TestTrust:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from test_agent import packed
 
 from deploykit import fleet
 from deploykit.deploy import Deployed, How
-from deploykit.errors import LineError, UsageError
+from deploykit.errors import LineError, StageError, UsageError
 from deploykit.fleet import Fleet, Member, Outcome
 
 
@@ -29,6 +30,11 @@ def bundles(tmp_path_factory) -> list[Path]:
 def of(count: int, *, canary: float = 0.0, parallel: int = 3, stop_after: int = 1, groups: int = 1) -> Fleet:
     members = [Member(f"d{number}", f"g{number % groups}", f"ssh://d{number}", How()) for number in range(count)]
     return Fleet(tuple(members), {f"g{number}": canary for number in range(groups)}, parallel, stop_after)
+
+
+def on_trial(planned: Fleet) -> Fleet:
+    members = tuple(replace(member, how=How(confirm_within_s=30.0)) for member in planned.members)
+    return replace(planned, members=members)
 
 
 def done(member: Member, **more: Any) -> Deployed:
@@ -134,6 +140,56 @@ class TestARollOut:
 
         assert again.asked == ["d1", "d2"]
 
+    def test_with_releases_on_trial_starts_the_others_when_the_canary_is_confirmed(self, bundles, tmp_path):
+        devices, confirmed, rows = Devices(), [], []
+
+        def confirm(member: Member, deployed: Deployed) -> None:
+            assert set(devices.asked) <= {"d0"} or "d0" in confirmed
+            confirmed.append(member.name)
+
+        rolled = fleet.roll_out(
+            bundles[0],
+            on_trial(of(4, canary=0.25)),
+            tmp_path,
+            owner="me",
+            deploy_one=devices,
+            confirm_one=confirm,
+            show=lambda now: rows.append(now["d0"].text),
+        )
+
+        assert sorted(confirmed) == ["d0", "d1", "d2", "d3"]
+        assert rolled.counts == {"done": 4}
+        assert list(dict.fromkeys(rows)) == ["deploying", "on trial", f"runs {'a' * 12}, 5 bytes sent, confirmed"]
+
+    def test_stops_at_a_canary_that_went_back(self, bundles, tmp_path):
+        devices = Devices()
+
+        def confirm(member: Member, deployed: Deployed) -> None:
+            raise StageError("not confirmed within 30 s", why="it went back")
+
+        rolled = fleet.roll_out(
+            bundles[0], on_trial(of(4, canary=0.25)), tmp_path, owner="me", deploy_one=devices, confirm_one=confirm
+        )
+
+        assert (devices.asked, rolled.why_stopped, rolled.code) == (["d0"], "stopped: the canary d0 failed", 1)
+        assert "it went back" in rolled.rows["d0"].text
+
+    def test_waits_for_no_trial_where_a_gate_said_no_or_none_was_asked_for(self, bundles, tmp_path):
+        def never(member: Member, deployed: Deployed) -> None:
+            raise AssertionError
+
+        refused = fleet.roll_out(
+            bundles[0],
+            on_trial(of(1)),
+            tmp_path / "refused",
+            owner="me",
+            deploy_one=lambda member: done(member, code=3, stage="parity"),
+            confirm_one=never,
+        )
+        plain = fleet.roll_out(bundles[0], of(1), tmp_path / "plain", owner="me", deploy_one=Devices(), confirm_one=never)
+
+        assert (refused.code, plain.code) == (3, 0)
+
     def test_of_another_bundle_is_not_mixed_in(self, bundles, tmp_path):
         fleet.roll_out(bundles[0], of(1), tmp_path, owner="me", deploy_one=Devices())
 
@@ -160,7 +216,7 @@ class TestARollOut:
         devices = Devices(lambda name: int(name[1:]) in failing)
         planned = of(count, canary=canary, parallel=parallel, stop_after=stop_after, groups=groups)
         rows = {member.name: fleet.Row(member.group) for member in planned.members}
-        rolling = fleet._Rolling(planned, rows, Path("/dev/null"), None, lambda rows: None, devices)
+        rolling = fleet._Rolling(planned, rows, Path("/dev/null"), None, lambda rows: None, devices, None)
         rolling._keep = rows.__setitem__
 
         rolling.run()

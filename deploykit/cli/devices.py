@@ -185,15 +185,35 @@ def probe_command(target: str, root: str | None, python: str, ssh_config: Path |
 
 
 @device_group.command("confirm")
-@click.argument("target")
+@_target
 @click.argument("id", required=False)
-@_options(*_reaching)
-def confirm_command(target: str, id: str | None, root: str | None, python: str, ssh_config: Path | None) -> int:
-    """Keep the release that is on trial; exit code 1 when none is."""
-    with _device(target, root, python, ssh_config) as device:
-        said = device.ask("confirm", *([] if id is None else [id]))
-    click.echo(json.dumps(said, indent=1))
-    return int(said["exit_code"])
+@_options(*_reaching, _fleet)
+@json_option
+def confirm_command(
+    target: str | None,
+    id: str | None,
+    root: str | None,
+    python: str,
+    ssh_config: Path | None,
+    fleet_file: Path | None,
+    as_json: bool,
+) -> int:
+    """Keep the release that is on trial on a device, or on each of a fleet; exit code 1 where none is.
+
+    With an ID, only where that release is on trial: `deploykit device confirm TARGET ID`, or `--fleet fleet.toml ID`.
+    """
+    if fleet_file is not None and id is None:
+        target, id = None, target  # the one word that is there
+    return _ask_all(
+        target,
+        root,
+        python,
+        ssh_config,
+        fleet_file,
+        as_json,
+        lambda device: device.ask("confirm", *([] if id is None else [id])),
+        lambda said: f"keeps {_short(said.get('current'))}" if said.get("confirmed") else "nothing is on trial",
+    )
 
 
 @device_group.command("collect-garbage")
