@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit import build, runtimes
 from deploykit.artifact import Artifact
 from deploykit.errors import UsageError
+from deploykit.machine import cpu_features, has_int8_dot_product
 from deploykit.quantize import half
 from deploykit.quantize.lint import RULES, SEVERITIES, Finding, Rule, as_facts, as_text, is_fatal, lint
 from deploykit.runtimes import onnxruntime
@@ -229,6 +230,7 @@ BY_TENSORRT = [
 NO_BIAS = "c = Conv<pads = [1, 1, 1, 1]>(d, wd)"
 FLOAT_RESULT = {"relu": "", "rq": "", "rdq": ""}
 BY_ONNXRUNTIME = [
+    Planted("weights-of-eight-bits", "the graph", {}, {"wi": np.clip(INTEGERS.astype(int) * 2, -127, 127).astype(np.int8)}),
     Planted("qoperator-format", "the graph", DYNAMIC),
     Planted("qoperator-format", "the graph", {**LONE, "int": "i = ConvInteger(lq, wi)"}),
     *(Planted("scale-not-positive", "rq", constants={"other": np.float32(bad)}) for bad in (0, -1, np.nan, np.inf)),
@@ -284,6 +286,46 @@ BY_ONNXRUNTIME = [
     Planted("passing-rescaled", "pool", POOL_RESCALED),
 ]  # fmt: skip
 
+FULL = {"wi": np.clip(INTEGERS.astype(int) * 2, -127, 127).astype(np.int8)}
+COMPUTED = {
+    "m": "m = ReduceMax<keepdims = 0>(image)",
+    "q": "q = QuantizeLinear(image, m, zero)",
+    "dq": "d = DequantizeLinear(q, m, zero)",
+    "bdq": "",
+    "conv": NO_BIAS,
+}
+DYNAMIC_CONV = {
+    "dyn": "dy, ds, dz = DynamicQuantizeLinear(image)",
+    "int": "di = ConvInteger<pads = [1, 1, 1, 1]>(dy, wi, dz)",
+    "cast": "df = Cast<to = 1>(di)",
+    "scaled": "z = Mul(df, ds)",
+    "rdq": "rd = DequantizeLinear(rq, other, low)",
+    "sum": "y = Add(rd, z)",
+}
+BY_OPENVINO = [
+    Planted("weights-of-eight-bits", "the graph", {}, FULL),
+    Planted("weights-of-eight-bits", "the graph", {
+        "wq": "wq = QuantizeLinear<axis = 0>(w, ws, wz)", "wdq": "wd = DequantizeLinear<axis = 0>(wq, ws, wz)"}),
+    *(Planted("scale-not-positive", "rq", constants={"other": np.float32(bad)}) for bad in (0, -1, np.nan, np.inf)),
+    Planted("scale-shape", "wdq", {"conv": NO_BIAS, "bdq": ""}, {"ws": SCALES[:8], "wz": ZEROS[:8]}),
+    Planted("per-channel-activation", "q", {"q": "q = QuantizeLinear(image, ps, pz)", "dq": "d = DequantizeLinear(q, ps, pz)",
+                                            "bdq": "", "conv": NO_BIAS}, {"ps": SCALES, "pz": ZEROS.astype(np.uint8)}),
+    Planted("scale-not-constant", "q", COMPUTED),
+    Planted("sixteen-bits", "q", constants={"zero": np.uint16(30_000)}, opset=21),
+    Planted("pair-differs", "rdq", {"rdq": "y = DequantizeLinear(rq, step, low)"}),
+    Planted("quantize-without-dequantize", "lone", LONE),
+    Planted("quantized-twice", "q2", {**AGAIN, "conv": "c = Conv<pads = [1, 1, 1, 1]>(d2, wd, bd)"}),
+    Planted("layer-not-quantized", "float", {"float": "f = Conv(image, w, b)"}),
+    Planted("layer-half-quantized", "conv", {"q": "", "dq": "", "bdq": "",
+                                             "conv": "c = Conv<pads = [1, 1, 1, 1]>(image, wd, b)"}),
+    Planted("layer-half-quantized", "conv", {"wdq": "", "bdq": "", "conv": "c = Conv<pads = [1, 1, 1, 1]>(d, w, b)"}),
+    Planted("weight-axis", "conv", {"wdq": "wd = DequantizeLinear<axis = 1>(wi, ws, wz)"}),
+    Planted("uint8-weights", "conv", constants={"wi": (INTEGERS.astype(int) + 128).astype(np.uint8),
+                                                "wz": np.full(CHANNELS, 128, np.uint8)}),
+    Planted("weight-zero-point", "conv", constants={"wz": ZEROS + np.int8(7)}),
+    Planted("dynamic-layer", "int", DYNAMIC_CONV),
+]  # fmt: skip
+
 MATRICES = {"wq": "wq = QuantizeLinear<axis = 2>(w, ws, wz)", "wdq": "wd = DequantizeLinear<axis = 2>(wq, ws, wz)"}
 ALLOWED = [
     ("tensorrt", Planted("the first layer may have few channels", "", {}, EIGHT)),
@@ -307,10 +349,26 @@ ALLOWED = [
         **FLAT, **FLOAT_RESULT, "conv": "y = Gemm<transB = 1>(d, wd, bd)"}, FLAT_WEIGHTS)),
     ("onnxruntime", Planted("a Clip as wide as its quantization", "", {"relu": "r = Clip(c, lower, upper)"},
                             {"lower": np.float32(0), "upper": np.float32(5.1)})),
+    ("openvino", Planted("int8 activations with two readers", "", {"again": "o = Sigmoid(d)"}, {"zero": np.int8(0)})),
+    ("openvino", Planted("a float result", "", {**FLOAT_RESULT, "conv": "y = Conv<pads = [1, 1, 1, 1]>(d, wd, bd)"})),
+    ("openvino", Planted("a bias of another scale", "", constants={"bs": 2 * STEP * SCALES})),
+    ("openvino", Planted("a float bias and a float result of a Gemm", "", {
+        **FLAT, **FLOAT_RESULT, "bdq": "", "conv": "y = Gemm<transB = 1>(d, wd, b)"}, FLAT_WEIGHTS)),
+    ("openvino", Planted("full weights of a depthwise convolution", "", {
+        "conv": "c = Conv<pads = [1, 1, 1, 1], group = 16>(d, wd, bd)"}, {"wi": FULL["wi"][:, :1]})),
+    ("openvino", Planted("a Concat of different scales", "", {
+        "rdq": "rd = DequantizeLinear(rq, other, low)", "cat": "a = Concat<axis = 1>(rd, d)",
+        "aq": "aq = QuantizeLinear(a, third, zero)", "adq": "y = DequantizeLinear(aq, third, zero)"},
+        {"third": np.float32(0.0271)})),
 ]  # fmt: skip
 
-BASES = {"tensorrt": (TENSORRT, CONSTANTS), "onnxruntime": (ONNXRUNTIME, {**CONSTANTS, **UINT8})}
-PLANTED = [("tensorrt", case) for case in BY_TENSORRT] + [("onnxruntime", case) for case in BY_ONNXRUNTIME]
+BASES = {
+    "tensorrt": (TENSORRT, CONSTANTS),
+    "onnxruntime": (ONNXRUNTIME, {**CONSTANTS, **UINT8}),
+    "openvino": (ONNXRUNTIME, {**CONSTANTS, **UINT8}),
+}
+BY = {"tensorrt": BY_TENSORRT, "onnxruntime": BY_ONNXRUNTIME, "openvino": BY_OPENVINO}
+PLANTED = [(runtime, case) for runtime, cases in BY.items() for case in cases]
 
 
 def row(rule: Rule) -> str:
@@ -361,11 +419,8 @@ class TestEveryRule:
                 assert rule.cost
                 assert rule.fix
 
-    def test_every_runtime_that_has_quantization_rules_has_lint_rules_but_openvino(self):
-        quantized = {name for name, entry in runtimes.REGISTRY.items() if entry.rules is not None}
-
-        # OpenVINO takes whatever Q/DQ ONNX Runtime takes: no form is known that it alone refuses, or computes otherwise.
-        assert set(RULES) == quantized - {"openvino"}
+    def test_every_runtime_that_has_quantization_rules_has_lint_rules(self):
+        assert set(RULES) == {name for name, entry in runtimes.REGISTRY.items() if entry.rules is not None}
 
 
 def run(model: onnx.ModelProto, *, optimise: bool, written: Path) -> tuple[np.ndarray, list[str]]:
@@ -449,6 +504,88 @@ class TestOnnxRuntimeDoesWhatTheRulesSay:
     def test_what_is_refused_does_not_run(self, tmp_path, case):
         with pytest.raises(Exception, match="QLinearConv"):
             run(case.model(*BASES["onnxruntime"]), optimise=True, written=tmp_path / "b.onnx")
+
+
+def run_openvino(model: onnx.ModelProto) -> tuple[np.ndarray, list[str]]:
+    """The answer of OpenVINO, and what its convolutions and matrix products multiply."""
+    openvino = pytest.importorskip("deploykit.runtimes.openvino", reason="wants OpenVINO: pip install 'deploykit[openvino]'")
+    core = openvino.openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+    image = np.random.default_rng(3).standard_normal((1, CHANNELS, 8, 8)).astype(np.float32)
+    kinds = [kernel.takes for kernel in openvino.kernels(compiled) if kernel.kind in ("Convolution", "FullyConnected")]
+    return compiled([image])[0], kinds
+
+
+def by_openvino(*rules: str) -> list[Planted]:
+    return [case for case in BY_OPENVINO if case.rule in rules]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the rules are those of OpenVINO's kernels for x86")
+class TestOpenVinoDoesWhatTheRulesSay:
+    @pytest.mark.parametrize(
+        "case", [Planted("Conv", ""), *(case for name, case in ALLOWED if name == "openvino")], ids=lambda case: case.rule
+    )
+    def test_what_is_allowed_multiplies_integers_and_answers_as_it_says(self, tmp_path, case):
+        model = case.model(*BASES["openvino"])
+
+        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
+        answer, kinds = run_openvino(model)
+
+        assert set(kinds) <= {"u8", "i8"}
+        assert kinds
+        assert np.allclose(literal, answer, rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "case",
+        by_openvino(
+            "per-channel-activation",
+            "scale-not-constant",
+            "layer-half-quantized",
+            "weight-axis",
+            "uint8-weights",
+            "weight-zero-point",
+            "dynamic-layer",
+        ),
+        ids=str,
+    )
+    def test_what_is_slow_multiplies_floats_and_answers_as_it_says(self, tmp_path, case):
+        model = case.model(*BASES["openvino"])
+
+        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
+        answer, kinds = run_openvino(model)
+
+        assert "f32" in kinds
+        assert (np.abs(literal - answer) > 1e-3).mean() < 0.001  # a sum on the edge of a step
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *(case for case in by_openvino("scale-not-positive") if case.constants["other"] < 0),
+            *by_openvino("sixteen-bits"),
+        ],
+        ids=str,
+    )
+    def test_what_is_wrong_answers_otherwise_than_the_graph_says(self, tmp_path, case):
+        model = case.model(*BASES["openvino"])
+
+        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
+        answer, _ = run_openvino(model)
+
+        assert not np.allclose(literal, answer)
+
+    @pytest.mark.parametrize("case", by_openvino("scale-shape"), ids=str)
+    def test_what_is_refused_does_not_compile(self, case):
+        with pytest.raises(RuntimeError):
+            run_openvino(case.model(*BASES["openvino"]))
+
+    def test_weights_of_eight_bits_saturate_where_the_cpu_has_no_int8_dot_product(self, tmp_path):
+        model = by_openvino("weights-of-eight-bits")[0].model(*BASES["openvino"])
+
+        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
+        answer, _ = run_openvino(model)
+
+        assert np.allclose(literal, answer, rtol=1e-5, atol=1e-4) == has_int8_dot_product(cpu_features())
 
 
 @pytest.fixture(scope="module")
@@ -719,5 +856,5 @@ class TestCommandLine:
             assert why in outcome.err
 
     def test_a_runtime_without_rules_is_refused(self):
-        with pytest.raises(UsageError, match=r"torchscript has no rules for Q/DQ\n  try: one of onnxruntime, tensorrt"):
+        with pytest.raises(UsageError, match=r"torchscript has no rules for Q/DQ\n  try: one of onnxruntime, openvino, tensorrt"):
             lint(made(*BASES["tensorrt"]), "torchscript")

@@ -16,7 +16,7 @@ from deploykit.gate import EXIT_CODES, Verdict
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--rules",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
+    type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
     help="Check an ONNX file's Q/DQ by this runtime's rules instead; exit code 3 when it would be refused or computed wrong.",
 )
 @json_option

@@ -12,11 +12,15 @@ import onnx_ir as ir
 
 from deploykit.errors import UsageError, printable
 from deploykit.jsonable import JSON
-from deploykit.quantize.lint import common, onnxruntime, tensorrt, view
+from deploykit.quantize.lint import common, onnxruntime, openvino, tensorrt, view
 from deploykit.quantize.lint.rule import Finding, Rule, Severity
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-RULES: Mapping[str, tuple[Rule, ...]] = {"onnxruntime": onnxruntime.RULES, "tensorrt": tensorrt.RULES}
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "onnxruntime": onnxruntime.RULES,
+    "openvino": openvino.RULES,
+    "tensorrt": tensorrt.RULES,
+}
 _FATAL: frozenset[Severity] = frozenset({"refused", "wrong"})
 
 

@@ -39,6 +39,8 @@ from deploykit.quantize.lint.view import (
 )
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_SIXTEEN = (ir.DataType.INT16, ir.DataType.UINT16)
+_FITS = 64  # 2 * 255 * 64 is below 2^15, 2 * 255 * 65 above
 
 
 @rule(
@@ -129,6 +131,21 @@ def passing_rescaled(_view: View, node: ir.Node) -> str:
     return f"{op(node)} between {name(first)} with {_told(first)} and {name(behind)} with {_told(behind)}"
 
 
+@rule(
+    "note",
+    cost="an x86 CPU without an int8 dot product (VNNI) adds two products in 16 bits, which saturate: other answers than here",
+    fix="for any x86 CPU, 7-bit weights: deploykit export NETWORK --int8 --cpu any; deploykit parity RUN --isa haswell proves it",
+    of_graph=True,
+)
+def weights_of_eight_bits(view: View, _node: ir.Node) -> str:
+    """Two products of uint8 and int8 fit in 16 bits while weights are at most 64 (Intel's manual, VPMADDUBSW); depthwise kernels
+    widen first."""
+    layers = [node for node in view.nodes if is_int8(view, node) and not _is_depthwise(node)]
+    found = [largest for node in layers if (largest := _largest_weight(node)) is not None]
+    large = sum(largest > _FITS for largest in found)
+    return f"{large} of {len(found)} int8 layers have weights beyond {_FITS}" if large else ""
+
+
 def is_quantized(view: View) -> bool:
     """Whether there is anything quantized in the graph."""
     return any(op(node) in (Q, DQ) or is_integer_op(node) for node in view.nodes)
@@ -189,6 +206,25 @@ def wrong_weight_axis(view: View, node: ir.Node) -> str:
     return "" if axis(weights) == wanted else f"weights quantized along axis {axis(weights)}, output channels are axis {wanted}"
 
 
+def sixteen_bits(node: ir.Node) -> str:
+    """Which 16-bit integers a Q or DQ is of; empty for others."""
+    kind = quantized_type(node) if heads(node) else None
+    return f"quantized to {kind.name.lower()}" if kind is not None and kind in _SIXTEEN else ""
+
+
+def uint8_weights(view: View, node: ir.Node) -> str:
+    """Whether a layer's weights are unsigned."""
+    weights = dequantizer(at(node, 1)) if is_layer(view, node) else None
+    return "its weights are uint8" if weights is not None and quantized_type(weights) == ir.DataType.UINT8 else ""
+
+
+def weight_zero_point(view: View, node: ir.Node) -> str:
+    """Whether a layer's int8 weights have a zero point that is not 0."""
+    weights = dequantizer(at(node, 1)) if is_layer(view, node) else None
+    zeros = array(at(weights, 2)) if weights is not None and quantized_type(weights) == ir.DataType.INT8 else None
+    return "its weights have a zero point that is not 0" if zeros is not None and zeros.any() else ""
+
+
 def mixed_inputs(view: View, node: ir.Node) -> str:
     """Which input of an operator is float while another is quantized and the result will be."""
     floats = [value for value in node.inputs if value is not None and not is_constant(view, value) and dequantizer(value) is None]
@@ -225,6 +261,31 @@ def reads_graph_input(node: ir.Node) -> bool:
     if producer is not None and op(producer) == "Cast":
         source = at(producer, 0)
     return source is not None and source.is_graph_input()
+
+
+def _largest_weight(node: ir.Node) -> float | None:
+    """The largest magnitude among a layer's int8 weights, stored or quantized in the file; None where it cannot be told."""
+    weights = dequantizer(at(node, 1))
+    if weights is None or quantized_type(weights) != ir.DataType.INT8:
+        return None
+    quantize = quantizer(weights)
+    values, scales = array(at(quantize or weights, 0)), array(at(weights, 1))
+    if values is None or scales is None or not values.size or values.dtype.kind not in "if" or scales.dtype.kind != "f":
+        return None
+    if quantize is None:
+        return float(np.abs(values.astype(np.float32)).max())
+    along = axis(quantize)
+    if scales.size > 1 and (along is None or not 0 <= along < values.ndim or values.shape[along] != scales.size):
+        return None
+    step = scales.astype(np.float32)
+    step = step if step.size == 1 else step.reshape([-1 if index == along else 1 for index in range(values.ndim)])
+    with np.errstate(all="ignore"):  # a scale that is none is another rule's business
+        return float(np.abs(np.rint(values.astype(np.float32) / step)).max())
+
+
+def _is_depthwise(node: ir.Node) -> bool:
+    sizes = shape(at(node, 1))
+    return op(node) == "Conv" and node.attributes.get_int("group", 1) > 1 and sizes is not None and sizes[1:2] == [1]
 
 
 def _told(node: ir.Node) -> str:

@@ -20,11 +20,9 @@ from deploykit.quantize.lint.view import (
     array,
     at,
     dequantizer,
-    heads,
     is_answer,
     is_constant,
     is_integer_op,
-    is_layer,
     is_quantized_later,
     name,
     op,
@@ -33,7 +31,6 @@ from deploykit.quantize.lint.view import (
 )
 
 _INT8, _UINT8, _INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
-_SIXTEEN = (ir.DataType.INT16, ir.DataType.UINT16)
 _BIAS_TOLERANCE = 1e-5
 
 
@@ -108,8 +105,7 @@ def shared_int8_activation(view: View, node: ir.Node) -> str:
 @rule("slow", cost="there are no 16-bit kernels: its readers run in float", fix="quantize to uint8, weights to int8")
 def sixteen_bits(_view: View, node: ir.Node) -> str:
     """QLinearConv and kin multiply 8-bit integers on a CPU."""
-    kind = quantized_type(node) if heads(node) else None
-    return f"quantized to {kind.name.lower()}" if kind is not None and kind in _SIXTEEN else ""
+    return common.sixteen_bits(node)
 
 
 @rule("slow", cost="the layer runs in float, with casts: the CPU kernels take FP32 scales", fix="keep scales in FP32 for a CPU")
@@ -122,8 +118,7 @@ def half_scale(_view: View, node: ir.Node) -> str:
 @rule("slow", cost="2.4 times slower than int8 weights (0.65 against 0.26 ms, 3x3, 128 channels)", fix="quantize weights to int8")
 def uint8_weights(view: View, node: ir.Node) -> str:
     """VNNI multiplies unsigned by signed; unsigned weights take another kernel."""
-    weights = dequantizer(at(node, 1)) if is_layer(view, node) else None
-    return "its weights are uint8" if weights is not None and quantized_type(weights) == _UINT8 else ""
+    return common.uint8_weights(view, node)
 
 
 @rule(
@@ -133,9 +128,7 @@ def uint8_weights(view: View, node: ir.Node) -> str:
 )
 def weight_zero_point(view: View, node: ir.Node) -> str:
     """A zero point of weights adds the sum of the inputs to every product."""
-    weights = dequantizer(at(node, 1)) if is_layer(view, node) else None
-    zeros = array(at(weights, 2)) if weights is not None and quantized_type(weights) == _INT8 else None
-    return "its weights have a zero point that is not 0" if zeros is not None and zeros.any() else ""
+    return common.weight_zero_point(view, node)
 
 
 @rule(
@@ -216,6 +209,7 @@ def qoperator_format(view: View, _node: ir.Node) -> str:
 
 RULES = (
     common.not_quantized,
+    common.weights_of_eight_bits,
     qoperator_format,
     scale_not_positive,
     common.scale_shape,
