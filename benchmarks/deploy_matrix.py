@@ -120,10 +120,9 @@ def _kill(scenario: Scenario, ids: Ids, root: Path, points: list[Point], place: 
 
 def _kill_for_ever(scenario: Scenario, ids: Ids, root: Path, points: list[Point], place: int) -> list[str]:
     point = points[place]
-    found = re.search(r"ROOT[^\">,]*", point.line)
-    assert found is not None
-    path, before = found[0], points[: place + 1]
-    count = sum(other.call == point.call and f"{path}" in other.line for other in before)
+    path = _first_path(point)
+    # As strace's -P has it: the first path of a call, as a whole.
+    count = sum(other.call == point.call and _first_path(other) == path for other in points[: place + 1])
     only = ("-P", path.replace("ROOT", str(root)))
     killed = 0
     for _ in range(ATTEMPTS):
@@ -132,6 +131,11 @@ def _kill_for_ever(scenario: Scenario, ids: Ids, root: Path, points: list[Point]
         if (outcome := _deployment.outcome(root)) not in _deployment.allowed(scenario):
             return [f"between attempts: {outcome}"]
     return [] if killed else ["it was never killed"]
+
+
+def _first_path(point: Point) -> str:
+    found = re.search(r"ROOT[^\">,]*", point.line)
+    return "" if found is None else found[0]
 
 
 def _hang(scenario: Scenario, ids: Ids, root: Path, points: list[Point], place: int) -> list[str]:
