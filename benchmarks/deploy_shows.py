@@ -168,7 +168,7 @@ def at_once(found: Sequence[Place], packed: dict[str, Path], folder: Path) -> di
         try:
             ended[owner] = told(to(place, path, owner))
         except DeploykitError as error:
-            ended[owner] = str(error)
+            ended[owner] = str(error).replace(str(place.how.root), "ROOT")
 
     threads = [
         threading.Thread(target=one, args=words, daemon=True) for words in (("alice", packed["two"]), ("bob", packed["big"]))
