@@ -30,8 +30,8 @@ FELL_BACK = (
     "CPU EP has been explicitly disabled by the user."
 )
 CONTRADICTION = (
-    "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Conflicting session configuration: explicitly added the CPU EP to the list of "
-    "session providers, but also disabled fallback to the CPU EP via session options."
+    "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Conflicting session configuration: explicitly added the CPU EP to the session, "
+    "but also disabled fallback to the CPU EP via session configuration options."
 )
 NO_CAPTURE = (
     "[ONNXRuntimeError] : 1 : FAIL : This session cannot use the graph capture feature as requested by the user as the model has "

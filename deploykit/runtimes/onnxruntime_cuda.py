@@ -38,7 +38,7 @@ import onnxruntime  # isort: skip  # after deploykit's own module of that name, 
 
 LAYERS = "layers.json"
 _PROVIDER = "CUDAExecutionProvider"
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # errors are raised, and a graph that is not captured is none
 _NO_GRAPH = "-1"  # the run option gpu_graph_id: neither capture nor replay
 _MOST_GRAPHS = 8  # shapes whose buffers are kept, since a captured graph holds their addresses and cannot be given back alone
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
@@ -419,7 +419,7 @@ def _no_provider(providers: Sequence[str]) -> CapabilityError:
 
 def _options() -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     return options
 

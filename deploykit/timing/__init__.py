@@ -351,6 +351,7 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
         "median_ns": found.median_ns,
         "interval_ns": list(report.median_interval_ns(found.label)),
         "end_to_end_ns": found.end_to_end_ns,
+        "gpu_ns": found.gpu_ns,
         **percentiles([process.latency_ns for process in ran]),
         "offline": [{"batch": batch, "per_second": per_second} for batch, per_second in found.per_second.items()],
         "load_ns": [process.load_ns for process in ran],
