@@ -18,7 +18,7 @@ from deploykit.runtimes.on_gpu import Card
 
 @dataclass
 class World:
-    """The card, whether it captures graphs, and what was asked of it. `takes`: how much pinned and other memory, in tensors."""
+    """The card, whether it captures graphs, what was asked of it, and how many graphs there are."""
 
     capability: tuple[int, int] = (9, 0)
     name: str = "H200"
@@ -45,7 +45,7 @@ class FakeGpu:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
         self._clock = 0.0
 
     def card(self) -> Card:
@@ -58,7 +58,7 @@ class FakeGpu:
     def memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.full(tuple(shape), 77, dtype=dtype)
 
-    def put(self, work: Callable[[], None]) -> None:
+    def put(self, work: Callable[[], object]) -> None:
         self._waiting.append(work)
 
     def synchronize(self) -> None:
@@ -90,9 +90,10 @@ class FakeGpu:
 @contextmanager
 def installed(world: World) -> Iterator[Any]:
     """deploykit's runtime on a GPU of that world."""
-    gpu, before, FakeGpu.world = torchscript_cuda.Gpu, FakeGpu.world, world
-    torchscript_cuda.Gpu = FakeGpu  # type: ignore[assignment, misc]
+    gpu, why_not, before = torchscript_cuda.Gpu, torchscript_cuda.why_not, FakeGpu.world
+    torchscript_cuda.Gpu, torchscript_cuda.why_not = FakeGpu, lambda: ""  # type: ignore[assignment, misc]
+    FakeGpu.world = world
     try:
         yield torchscript_cuda
     finally:
-        torchscript_cuda.Gpu, FakeGpu.world = gpu, before  # type: ignore[misc]
+        torchscript_cuda.Gpu, torchscript_cuda.why_not, FakeGpu.world = gpu, why_not, before  # type: ignore[misc]

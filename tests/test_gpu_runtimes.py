@@ -22,11 +22,16 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from deploykit import build, export, recipe, runtimes
+from deploykit import build, export, pipeline, recipe, runtimes, timing
 from deploykit.artifact import Artifact, Precision, read_artifact, write_manifest
+from deploykit.benchmark import process
+from deploykit.benchmark.report import Measured, Process
+from deploykit.bundle import pack
+from deploykit.crosscheck.sides import Said, open_sides
 from deploykit.errors import CapabilityError, DeploykitError, StageError, UsageError
 from deploykit.quantize import half
 from deploykit.recipe import ExportTable
+from deploykit.report import speed, text
 from deploykit.runtimes import cudart, on_gpu, run
 
 IMAGES = networks.images(8)
@@ -538,3 +543,114 @@ class TestTorchScript:
 
         with pytest.raises(StageError, match="failed on the GPU"):
             gpu[0].build(mixed, tmp_path, threads=0)
+
+
+class TestARun:
+    """The whole pipeline on fake GPUs. Fresh processes have none, so of a benchmark what one process does is done here."""
+
+    @pytest.mark.parametrize(
+        ("target", "float_type", "limit"),
+        [
+            ("onnxruntime_cuda", "tf32", "0.01"),
+            ("onnxruntime_cuda", "fp16", "0.01"),
+            ("torchscript_cuda", "bf16", "0.1"),
+        ],
+    )
+    def test_an_engine_is_built_proved_and_named_by_what_it_computes_in(self, ort, gpu, tmp_path, target, float_type, limit):
+        ort()
+        content = {
+            "name": "run",
+            "model": {"name": "lenet5", "weights": "none"},
+            "export": {"formats": [recipe.OFFERS[target].made_of], "samples": 2},
+            "build": {"runtimes": [target], "float_type": float_type, "engine": "require"},
+            "benchmark": {"enabled": False},
+        }
+
+        found = pipeline.run(recipe.parse(content, base=tmp_path, source="a test"), tmp_path / "out")
+
+        label = f"{target} {float_type}"
+        (engine,) = found["engines"]
+        assert (engine["label"], engine["built"], found["exit_code"]) == (label, True, 0)
+        assert engine["path"].startswith(f"build-{target}-{float_type}/")
+        meaning = "PyTorch" if target == "torchscript_cuda" else "its own graph"
+        assert f"{label}: answers like {meaning} (max|d| / max|y| <= {limit})" in [gate["rule"] for gate in found["gates"]]
+        assert {layer["precision"] for layer in engine["realised"]["layers"]} == {float_type}
+        assert "fp32" not in {case["precision"] for case in found["parity"] if case["label"] == label}
+
+    def test_a_mixed_run_builds_each_engine_from_its_own_file(self, ort, gpu, tmp_path):
+        ort()
+        content = {
+            "name": "run",
+            "model": {"name": "lenet5", "weights": "none"},
+            "export": {"formats": ["onnx", "torchscript"], "samples": 2},
+            "build": {"runtimes": ["onnxruntime", "onnxruntime_cuda", "torchscript_cuda"], "engine": "require"},
+            "benchmark": {"enabled": False},
+        }
+
+        found = pipeline.run(recipe.parse(content, base=tmp_path, source="a test"), tmp_path / "out")
+
+        files = [engine["path"].rpartition("/")[2] for engine in found["engines"]]
+        assert files == ["engine.onnx", "model.onnx", "engine.pt"]
+        packed = pack.pack(tmp_path / "out", tmp_path / "run.bundle", release=1)
+        assert list(packed.manifest.models) == ["onnxruntime-fp32"]  # devices have no other of these runtimes
+
+    def test_what_no_device_has_makes_no_bundle(self, tmp_path, gpu):
+        content = {
+            "name": "run",
+            "model": {"name": "lenet5", "weights": "none"},
+            "export": {"formats": ["torchscript"], "samples": 2},
+            "build": {"runtimes": ["torchscript_cuda"], "engine": "skip"},
+        }
+        pipeline.run(recipe.parse(content, base=tmp_path, source="a test"), tmp_path / "out")
+
+        with pytest.raises(UsageError, match="has no graph to deploy"):
+            pack.pack(tmp_path / "out", tmp_path / "run.bundle", release=1)
+
+    def test_a_benchmark_tells_the_time_on_the_gpu_beside_that_of_the_host(self, gpu, script, tmp_path):
+        engine = engine_of("torchscript_cuda", script, tmp_path / "engine")
+        request = {"queries": 4, "warmup": 1, "offline_batches": [2], "offline_seconds": 0.0}
+
+        answer = process.measure({**request, "engine": str(engine.folder)})
+        server = process.measure({**request, "engine": str(engine.folder), "scenario": {"name": "multi-stream"}})
+
+        assert answer["gpu_ns"] == [500_000] * 4
+        assert len(answer["latency_ns"]) == 4
+        assert "NVML Shared Library Not Found" in answer["conditions"]["gpu_unseen"]
+        assert server["gpu_ns"] == []
+        measured = Process.from_json({"label": "a", "again": False, **answer})
+        assert Measured("a", (measured, measured)).gpu_ns == 500_000
+        assert Measured("a", (replace(measured, gpu_ns=()),)).gpu_ns is None
+
+    def test_an_engine_on_the_cpu_has_no_time_on_a_gpu(self, portable, tmp_path):
+        engine = engine_of("onnxruntime", portable("residual"), tmp_path / "engine")
+        request = {"queries": 2, "warmup": 0, "offline_batches": [1], "offline_seconds": 0.0}
+
+        answer = process.measure({**request, "engine": str(engine.folder)})
+
+        assert (answer["gpu_ns"], answer["conditions"]["gpu_unseen"]) == ([], "")
+
+    def test_somebodys_engine_that_is_a_program_is_neither_measured_nor_compared_without_trust(self, gpu, script, tmp_path):
+        engine = engine_of("torchscript_cuda", script, tmp_path / "engine")
+
+        with pytest.raises(UsageError, match=r"engine\.pt is TorchScript, whose program runs when it is loaded: --trust"):
+            timing.engines_at([engine.folder], tmp_path)
+        with pytest.raises(UsageError, match="is TorchScript\n  why: loading it runs the program in it"):
+            open_sides((str(engine.folder), str(script.folder)), Said(), tmp_path)
+
+        assert list(timing.engines_at([engine.folder], tmp_path, trust=True)) == ["torchscript_cuda fp32"]
+        first, _ = open_sides((str(engine.folder), str(script.folder)), Said(trust=True), tmp_path)
+        assert (first.kind, first.has_threads) == ("engine of torchscript_cuda", False)
+
+    def test_the_report_has_the_time_on_the_gpu_and_its_clock(self):
+        told = {"power_modes": [], "gpu_mhz": [1965, 1980]}
+        engines = [{"label": "torchscript_cuda fp16", "gpu_ns": 512_345}]
+
+        assert "by CUDA events, without copies: torchscript_cuda fp16" in str(speed._on_the_gpu({"board": told}, engines))
+        assert "Its clock was 1965 to 1980 MHz." in str(speed._on_the_gpu({"board": told}, engines))
+        unseen = {**told, "gpu_mhz": None, "unseen": "nvidia-ml-py is not installed"}
+        assert "not watched: nvidia-ml-py is not installed" in str(speed._on_the_gpu({"board": unseen}, engines))
+        assert speed._on_the_gpu({}, [{"label": "onnxruntime fp32"}]) is None
+        assert text._board(told) == ["the GPU under load at 1965 to 1980 MHz"]
+        assert text._board(unseen) == [
+            "clocks of the GPU and what held them down were not watched: nvidia-ml-py is not installed"
+        ]

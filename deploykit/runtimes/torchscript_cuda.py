@@ -69,7 +69,7 @@ class Gpu:
         """Memory of the device."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
-    def put(self, work: Callable[[], None]) -> None:
+    def put(self, work: Callable[[], object]) -> None:
         """Put work on the stream."""
         with torch.cuda.stream(self._stream):
             work()
@@ -153,7 +153,7 @@ class TorchCudaSession:
         """Run once; the GPU is idle when this returns. Raises StageError with torch's words when the program fails."""
         place = self._fed()
         try:
-            with _exactly(tf32=self._tf32):
+            with exactly(tf32=self._tf32):
                 if not place.is_settled:
                     self._settle(place)
                 self._start(place)
@@ -180,7 +180,7 @@ class TorchCudaSession:
         self.execute()
         place, found = self._fed(), []
         start, end = self._gpu.event(), self._gpu.event()
-        with _exactly(tf32=self._tf32):
+        with exactly(tf32=self._tf32):
             for _ in range(queries):
                 self._start(place)
                 self._gpu.record(start)
@@ -355,7 +355,7 @@ def _write(model: Artifact, path: Path) -> None:
 
 
 @contextmanager
-def _exactly(*, tf32: bool) -> Iterator[None]:
+def exactly(*, tf32: bool) -> Iterator[None]:
     """TF32 for products and convolutions as the engine says, and cuDNN's fastest algorithm as ONNX Runtime searches it, for this
     block alone: they are settings of the whole process."""
     backends: Any = torch.backends
