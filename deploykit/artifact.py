@@ -35,9 +35,11 @@ _MANIFEST_LIMIT_BYTES = 4 << 20
 
 
 class Precision(str, Enum):
-    """What most of the arithmetic runs in. INT8 keeps some operators in a float type."""
+    """What most of the arithmetic runs in. INT8 keeps some operators in a float type; TF32 is FP32 in memory, and rounds what it
+    multiplies to ten bits."""
 
     FP32 = "fp32"
+    TF32 = "tf32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"

@@ -25,7 +25,8 @@ Logits = NDArray[np.float32]
 
 # Conversion error of a float engine as max|d| / max|y|: another order of additions makes 1e-6 to 1e-5 on deep networks.
 LEAST_SQNR_DB = 6.0  # noise of half the signal's amplitude
-FLOAT_LIMIT = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.BF16: 1e-1}
+# TF32 rounds what is multiplied as FP16 does, to ten bits.
+FLOAT_LIMIT = {Precision.FP32: 1e-4, Precision.TF32: 1e-2, Precision.FP16: 1e-2, Precision.BF16: 1e-1}
 
 
 @dataclass(frozen=True)

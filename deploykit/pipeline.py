@@ -29,7 +29,7 @@ from deploykit.gate import Verdict
 from deploykit.jsonable import to_json
 from deploykit.machine import Machine
 from deploykit.progress import Progress, silent
-from deploykit.recipe import Recipe
+from deploykit.recipe import OFFERS, Recipe
 from deploykit.report import device, html
 from deploykit.report.result import Stage, result
 from deploykit.sources import Sources
@@ -61,11 +61,12 @@ def run(
         if recipe.finetune is not None:
             work = replace(work, sources=Sources(recipe, progress, finetuned=_finetune(work)))
         exports = [_export(work, kind) for kind in recipe.export.formats]
+        made_of = {OFFERS[name].made_of for name in recipe.build.runtimes}
+        models = [found for found in exports if found.format.value in made_of]
         portable = next((found for found in exports if found.format is Format.ONNX), None)
-        models = [] if portable is None or not recipe.build.runtimes else [portable]
         if portable is not None and recipe.quantize is not None:
             models += precision.quantize(work, portable)
-        models = [precision.half(work, model) if recipe.build.float_type == "fp16" else model for model in models]
+        models = [precision.typed(work, model) for model in models]
         linted = precision.lint(recipe, models)
         engines = [engine for model in models for engine in _build(work, model)]
         compared = _verify(work, exports, engines)
@@ -210,9 +211,9 @@ def _export(work: Work, kind: str) -> Artifact:
 
 
 def _build(work: Work, model: Artifact) -> list[Engine]:
-    """The engines of one model: an INT8 graph is for the runtime whose rules it follows, a float graph for each."""
-    settings = work.recipe.build
-    names = [str(model.facts["rules"])] if model.precision is Precision.INT8 else list(settings.runtimes)
+    """The engines of one model: an INT8 graph is for the runtime whose rules it follows, a float file for each that takes it."""
+    takers = [name for name in work.recipe.build.runtimes if OFFERS[name].made_of == model.format.value]
+    names = [str(model.facts["rules"])] if model.precision is Precision.INT8 else takers
     return [_build_for(work, model, name) for name in names]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit import runtimes, scenes
-from deploykit.artifact import Artifact, Precision
+from deploykit.artifact import Artifact, Format, Precision
 from deploykit.data import Images, calibration_subset
 from deploykit.errors import StageError, printable
 from deploykit.gate import Verdict
@@ -170,6 +170,14 @@ def _equalized(made: Artifact) -> str:
     return f"{len(done)} of {made.facts['pairs']} pairs of layers, up to {max(pair['gain_db'] for pair in done):.0f} dB predicted"
 
 
+def typed(work: Work, model: Artifact) -> Artifact:
+    """The model in the recipe's float type. FP16 is typed into an ONNX file; the rest a runtime makes of the same file."""
+    asked = Precision(work.recipe.build.float_type)
+    if asked is Precision.FP16 and model.format is Format.ONNX:
+        return half(work, model)
+    return model if model.precision is Precision.INT8 else replace(model, precision=asked)
+
+
 def half(work: Work, model: Artifact) -> Artifact:
     """The same graph with everything that is float in half precision."""
 
@@ -215,7 +223,8 @@ def lint(recipe: Recipe, models: Sequence[Artifact]) -> dict[str, dict[str, int]
 
     found: dict[str, dict[str, int]] = {}
     for model in models:
-        if model.precision is Precision.INT8 and model.facts["rules"] != "tensorrt":
+        is_others = model.precision is Precision.INT8 and model.facts["rules"] != "tensorrt"
+        if is_others or model.format is not Format.ONNX:
             continue
         findings = linter.lint(model.path, "tensorrt") if linter.has_rules_for(model.path, "tensorrt") else ()
         if linter.is_fatal(findings):

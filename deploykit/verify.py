@@ -252,7 +252,7 @@ def _cases(exports: Sequence[Artifact], engines: Sequence[Engine]) -> Iterator[C
         if engine.built is not None:
             load = runtimes.get(engine.runtime).load
             yield Case(engine.label, engine.built, partial(load, engine.built), is_engine=True, model=engine.model)
-        elif engine.model.precision is not Precision.FP32:
+        elif engine.model.stage != "export":  # which stands above for itself
             load = partial(onnxruntime.reference, engine.model.path)
             yield Case(f"{engine.label}{units.REFERENCE}", engine.model, load, is_engine=False, model=engine.model)
 
@@ -279,7 +279,7 @@ def _conversion_gate(case: Case, found: Conversion) -> GateResult:
     errors = found.errors
     apart = "identical" if errors.max_abs == 0 else f"max|d| / max|y| {errors.relative:.2g}, SQNR {errors.sqnr_db:.1f} dB"
     reason = f"{apart} on {found.images} golden samples"
-    meaning = "PyTorch" if case.artifact.format is Format.TORCHSCRIPT else "its own graph"
+    meaning = "PyTorch" if case.model.format is Format.TORCHSCRIPT else "its own graph"
     return GateResult(f"{case.label}: answers like {meaning} ({found.rule})", found.verdict, errors.relative, None, reason)
 
 

@@ -19,7 +19,7 @@ _OUR_NAMES = re.compile(
     r"recipe\.toml|result\.json|report\.html|training\.html|finetune(\.epochs)?|equalize|calibrate|parity|benchmark|fastest"
     r"|export-(onnx|torchscript)(-fp16)?|quantize-(onnxruntime|openvino|tensorrt)(-fp16)?"
     r"|device\.pyz|[\w.-]+\.bundle|\.packing-\w+"
-    r"|build-(onnxruntime|openvino|tensorrt)-(fp32|fp16|int8)"
+    r"|build-(onnxruntime|openvino|tensorrt|onnxruntime_cuda|torchscript_cuda)-(fp32|tf32|fp16|bf16|int8)"
 )
 
 

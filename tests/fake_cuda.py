@@ -150,6 +150,10 @@ class FakeCuda:
         properties.value = self.name.encode()
         return 0
 
+    def _cudaDeviceGetPCIBusId(self, text: Any, size: Any, device: Any) -> int:
+        text.value = b"0000:65:00.0"
+        return 0
+
     def _cudaMemGetInfo(self, free: Any, total: Any) -> int:
         free._obj.value = total._obj.value = self.memory_bytes
         return 0

@@ -106,6 +106,9 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
         content.get("data", {}).pop(key, None)
     for key in ("float_type", "float32", "jetpack", "keep"):
         content.get("build", {}).pop(key, None)
+    runtimes = content.get("build", {}).pop("runtimes", [])
+    if known := [name for name in runtimes if not recipe.OFFERS[name].no_int8]:
+        content["build"]["runtimes"] = known
     content.get("quantize", {}).pop("cpu", None)
     for key in ("mode", "cache_features", "views"):
         content.get("finetune", {}).pop(key, None)
@@ -379,7 +382,7 @@ class TestContradictions:
             "gate 'drop <= 0.5 points' judges decisions",
             "gate",
             "build.runtimes = ['tensorrt'",
-            'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone',
+            'build.float_type = "fp16" (--fp16) with build.runtimes "onnxruntime"',
             "export.formats = ['torchscript'",
             "preprocess.mean has 1 values for 3 channels (RGB)",
             "preprocess.std has 4 values for 3 channels (RGB)",

@@ -1,10 +1,12 @@
-"""What a Jetson tells while it works: every form of tegrastats' lines, sysfs as it is found, and throttling."""
+"""What a Jetson tells while it works: every form of tegrastats' lines, sysfs as it is found, throttling; other GPUs by NVML."""
 
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
+import pynvml
 import pytest
 import timings
 from hypothesis import example, given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from deploykit.benchmark.conditions import Conditions, Watch
 from deploykit.benchmark.report import BenchmarkReport
 from deploykit.jsonable import to_json
-from deploykit.telemetry import board, throttling
+from deploykit.telemetry import board, nvml, throttling
 from deploykit.telemetry.board import State
 from deploykit.telemetry.recorder import Recorder
 from deploykit.telemetry.tegrastats import Sample, energy_mj, parse, samples
@@ -370,3 +372,99 @@ class TestABenchmarkOnAThrottlingBoard:
         )
 
         assert BenchmarkReport.from_json(to_json(report)) == report
+
+
+GPU = """
+exec(open({real!r}).read())
+states, asked = {states!r}, []
+def nvmlInit():
+    {init}
+def nvmlDeviceGetCount():
+    return {count}
+def nvmlDeviceGetHandleByIndex(index):
+    return index
+def nvmlDeviceGetHandleByPciBusId(pciBusId):
+    if pciBusId != "0000:65:00.0":
+        raise NVMLError(NVML_ERROR_NOT_FOUND)
+    return 0
+def nvmlDeviceGetClockInfo(handle, type):
+    assert type == NVML_CLOCK_SM
+    asked.append(handle)
+    if len(asked) == len(states):
+        open({said!r}, "w").close()
+    return states[min(len(asked), len(states)) - 1][0]
+def nvmlDeviceGetCurrentClocksEventReasons(handle):
+    return states[min(max(len(asked), 1), len(states)) - 1][1]
+"""
+IDLE, POWER, HEAT, FIXED = (
+    pynvml.nvmlClocksEventReasonGpuIdle,
+    pynvml.nvmlClocksEventReasonSwPowerCap,
+    pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    pynvml.nvmlClocksEventReasonApplicationsClocksSetting,
+)
+
+
+class TestAGpu:
+    @pytest.fixture
+    def watched(self, tmp_path, monkeypatch):
+        """A window in which NVML says of each look (clock, reasons), and then the last of them again."""
+
+        def watch(*states: tuple[int, int], init: str = "pass", count: int = 1, gpu: str = "") -> Conditions:
+            said = tmp_path / "said"
+            written = GPU.format(real=pynvml.__file__, states=states, init=init, count=count, said=str(said))
+            (tmp_path / "pynvml.py").write_text(written)
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+            with Watch(tmp_path, gpu=gpu) as watch:
+                while states and not said.exists():
+                    time.sleep(0.01)
+            return watch.conditions
+
+        return watch
+
+    def test_its_clocks_are_those_while_it_does_not_idle(self, watched):
+        found = watched((345, IDLE), (1980, 0), (1965, FIXED))
+
+        assert set(found.gpu_mhz) == {1980, 1965}
+        assert (found.throttled, found.gpu_unseen) == ((), "")
+        assert timings.report({"a": [1000] * 5}, gpu_mhz=found.gpu_mhz).board["gpu_mhz"] == [1965, 1980]
+
+    @pytest.mark.parametrize(("reason", "told"), [(POWER, "its power limit"), (HEAT, "heat, by its hardware")])
+    def test_a_clock_that_was_held_down_makes_the_run_invalid_and_says_by_what(self, watched, reason, told):
+        found = watched((1980, 0), (1200, reason))
+
+        verdict = timings.report({"a": [1000] * 5}, throttled=found.throttled).verdict
+        assert f"invalid: the GPU throttled in 10 of 10 processes: its clock was held down by {told} in " in verdict
+
+    def test_one_of_several_is_found_by_its_place_on_the_bus(self, watched):
+        assert watched((1980, 0), count=4, gpu="0000:65:00.0").gpu_mhz
+        assert watched(count=4).gpu_unseen == "which of 4 GPUs was measured is not known"
+        assert "Not Found" in watched(count=4, gpu="0000:99:00.0").gpu_unseen
+
+    def test_without_a_driver_or_the_package_the_report_says_so_and_the_run_stays_valid(self, watched, tmp_path, monkeypatch):
+        found = watched(init="raise NVMLError(NVML_ERROR_DRIVER_NOT_LOADED)")
+        assert found.gpu_unseen == "NVIDIA's management library says: Driver Not Loaded"
+
+        (tmp_path / "pynvml.py").write_text("raise ImportError")
+        with Watch(tmp_path, gpu="") as watch:
+            pass
+
+        unseen = watch.conditions.gpu_unseen
+        assert unseen == "nvidia-ml-py is not installed (pip install 'deploykit[gpu]')"
+        report = timings.report({"a": [1000] * 5}, gpu_unseen=unseen)
+        assert (report.verdict, report.board["unseen"]) == ("valid", unseen)
+        assert BenchmarkReport.from_json(to_json(report)) == report
+
+    def test_a_program_that_dies_is_told(self, watched, tmp_path):
+        assert "said nothing" in watched(init="import os; os._exit(1)").gpu_unseen
+
+    def test_where_no_gpu_is_measured_nobody_asks(self, monkeypatch):
+        monkeypatch.setattr(nvml, "Recorder", None)
+        with Watch() as watch:
+            pass
+
+        assert (watch.conditions.gpu_mhz, watch.conditions.gpu_unseen) == ((), "")
+
+    def test_a_jetson_has_tegrastats_instead(self, jetson, monkeypatch):
+        monkeypatch.setattr(nvml, "Recorder", None)
+        with Watch(jetson.root, gpu=""):
+            pass

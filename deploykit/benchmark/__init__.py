@@ -202,6 +202,7 @@ def together(answers: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[st
         **first,
         **in_turn,
         "feed_ns": [],
+        "gpu_ns": [],
         "offline": [[first["images_per_query"], sum(per_second for _, per_second in each)]],
         "instances": each,
         **{key: max(answer[key] for answer in answers) for key in ("load_ns", "first_ns", "harness_ns")},
@@ -217,8 +218,8 @@ def _conditions(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [conditions[key] for conditions in each]
         if isinstance(values[0], (list, tuple)):
             found[key] = [value for list_of_one in values for value in list_of_one]
-        elif key == "power_mode":
-            found[key] = values[0]  # of the board
+        elif key in ("power_mode", "gpu_unseen"):
+            found[key] = values[0]  # of the board, of the GPU
         elif key in ("wall_ns", "suspended_ns", "throttled_ns", "energy_uj"):
             found[key] = None if None in values else max(values)  # of the whole machine or group, not of some cores
         else:

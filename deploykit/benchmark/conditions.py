@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from deploykit.machine import available_cores
+from deploykit.telemetry import board, nvml
 from deploykit.telemetry.recorder import Recorder
 
 _ROOT = Path("/")
@@ -38,8 +39,9 @@ class Conditions:
     not. others_ns: CPU time that others took on the same cores. stolen_ns: time the hypervisor took from these cores.
     throttled_ns: time a container's CPU quota stopped it. suspended_ns: time the machine slept. fixed_work_ns: the same
     piece of work on all cores at once, before, between and after. clock_khz: the cores' clocks, as often.
-    energy_uj: energy over the window of all CPU packages, or of a Jetson's whole module. throttled: why a Jetson throttled, by
-    its own files and by tegrastats; power_mode: what nvpmodel set; gpu_mhz: its GPU's clocks under load.
+    energy_uj: energy over the window of all CPU packages, or of a Jetson's whole module. throttled: why a Jetson or another GPU
+    throttled, by its own files, tegrastats or NVML; power_mode: what nvpmodel set; gpu_mhz: the GPU's clocks under load;
+    gpu_unseen: why nobody looked at those of a GPU that was measured.
     """
 
     cores: int
@@ -56,6 +58,7 @@ class Conditions:
     throttled: tuple[str, ...] = ()
     power_mode: str | None = None
     gpu_mhz: tuple[int, ...] = ()
+    gpu_unseen: str = ""
 
     @property
     def power_w(self) -> float | None:
@@ -69,6 +72,7 @@ class Conditions:
         facts: dict[str, Any] = {"throttled": tuple(map(str, value.get("throttled", ())))}
         facts["gpu_mhz"] = tuple(map(int, value.get("gpu_mhz", ())))
         facts["power_mode"] = None if value.get("power_mode") is None else str(value["power_mode"])
+        facts["gpu_unseen"] = str(value.get("gpu_unseen", ""))
         rest = value.keys() - lists.keys() - facts.keys()
         numbers: dict[str, Any] = {key: None if value[key] is None else int(value[key]) for key in rest}
         found = cls(**{**numbers, **lists, **facts})
@@ -85,10 +89,12 @@ class Watch:
 
     conditions: Conditions
 
-    def __init__(self, root: Path = _ROOT) -> None:
-        """`root` stands in for the file system's, so that a test can bring its own /proc and /sys."""
+    def __init__(self, root: Path = _ROOT, *, gpu: str | None = None) -> None:
+        """`root` stands in for the file system's, so that a test can bring its own /proc and /sys. `gpu` is the place on the PCI
+        bus of the GPU that is measured, empty where it is not known; None where none is."""
         self._root = root
         self._recorder = Recorder(root, shutil.which("tegrastats"))
+        self._gpu = None if gpu is None or board.is_jetson(root) else nvml.Recorder(gpu)
         self._cores = sorted(os.sched_getaffinity(0))
         self._work: list[int] = []
         self._clocks: list[int] = []
@@ -96,6 +102,8 @@ class Watch:
     def __enter__(self) -> Watch:
         self.look()
         self._recorder.__enter__()
+        if self._gpu is not None:
+            self._gpu.__enter__()
         self._waited = _waited(self._root)
         self._start = _accounts(self._root, self._cores)
         return self
@@ -110,7 +118,10 @@ class Watch:
         spent = _spent(self._start, _accounts(self._root, self._cores))
         waited = _waited(self._root)
         self._recorder.__exit__(kind, error, trace)
-        seen = self._recorder.seen
+        seen, gpu = self._recorder.seen, nvml.Seen()
+        if self._gpu is not None:
+            self._gpu.__exit__(kind, error, trace)
+            gpu = self._gpu.seen
         if seen.power_mw is not None:
             spent["energy_uj"] = round(seen.power_mw * spent["wall_ns"] / 1e6)
         self.look()
@@ -125,9 +136,10 @@ class Watch:
             others_ns=others,
             fixed_work_ns=tuple(self._work),
             clock_khz=tuple(self._clocks),
-            throttled=seen.throttled,
+            throttled=(*seen.throttled, *gpu.throttled),
             power_mode=seen.power_mode,
-            gpu_mhz=seen.gpu_mhz,
+            gpu_mhz=seen.gpu_mhz or gpu.gpu_mhz,
+            gpu_unseen=gpu.unseen,
             **spent,
         )
 

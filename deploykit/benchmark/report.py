@@ -46,7 +46,8 @@ class Process:
 
     In another scenario than single-stream, latency_ns is what that calls the latency of a query. rate_per_second is the rate of
     arrivals that was found, where one was searched; instances is (median latency, images per second) of each process where
-    several ran side by side and are one here. feed_ns is the part of end_to_end_ns that copies to the device.
+    several ran side by side and are one here. feed_ns is the part of end_to_end_ns that copies to the device; gpu_ns is what a
+    GPU took by its own clock, once for each of as many queries more.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Process:
     rate_per_second: float | None = None
     instances: tuple[tuple[float, float], ...] = ()
     feed_ns: tuple[int, ...] = ()
+    gpu_ns: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Process:
@@ -77,7 +79,7 @@ class Process:
         instances = tuple((float(median_ns), float(per_second)) for median_ns, per_second in value.get("instances", ()))
         rate = value.get("rate_per_second")
         lists |= {"instances": instances, "rate_per_second": None if rate is None else float(rate)}
-        lists["feed_ns"] = tuple(map(int, value.get("feed_ns", ())))
+        lists |= {key: tuple(map(int, value.get(key, ()))) for key in ("feed_ns", "gpu_ns")}
         return cls(**{**value, **lists, "offline": offline, "conditions": conditions})
 
     @property
@@ -107,6 +109,12 @@ class Measured:
     def end_to_end_ns(self) -> float:
         """Median over processes of their median latency with the copies between host and device."""
         return statistics.median(statistics.median(process.end_to_end_ns) for process in self.processes)
+
+    @property
+    def gpu_ns(self) -> float | None:
+        """Median over processes of the median time on the GPU, by its own clock; None where there is none that tells."""
+        each = [statistics.median(process.gpu_ns) for process in self.processes if process.gpu_ns]
+        return statistics.median(each) if each else None
 
     @property
     def images_per_query(self) -> int:
@@ -214,13 +222,16 @@ class BenchmarkReport:
 
     @property
     def board(self) -> dict[str, Any] | None:
-        """A Jetson's power modes, and the lowest and highest clock of its GPU in MHz under load; None for what is no Jetson."""
+        """A Jetson's power modes, and the lowest and highest clock of its or another GPU in MHz under load, or why they are not
+        known (`unseen`); None where no GPU was watched."""
         conditions = [process.conditions for process in self.counted]
         modes = sorted({each.power_mode for each in conditions if each.power_mode is not None})
         clocks = [clock for each in conditions for clock in each.gpu_mhz]
-        if not modes and not clocks:
+        unseen = next((each.gpu_unseen for each in conditions if each.gpu_unseen), "")
+        if not modes and not clocks and not unseen:
             return None
-        return {"power_modes": modes, "gpu_mhz": [min(clocks), max(clocks)] if clocks else None}
+        found = {"power_modes": modes, "gpu_mhz": [min(clocks), max(clocks)] if clocks else None}
+        return {**found, "unseen": unseen} if unseen else found
 
     @property
     def fixed_work_ns(self) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from deploykit.benchmark.conditions import Conditions
 from deploykit.benchmark.statistics import FEWEST_PROCESSES
+from deploykit.telemetry.nvml import HELD
 
 if TYPE_CHECKING:
     from deploykit.benchmark.report import Process
@@ -111,11 +112,12 @@ def _clock(all_conditions: Sequence[Conditions]) -> Iterable[str]:
 
 
 def _throttled(all_conditions: Sequence[Conditions]) -> Iterable[str]:
-    """A board that slows down to protect itself measures its cooling, whichever process it happened in."""
+    """A board or GPU that slows down to protect itself measures its cooling, whichever process it happened in."""
     reasons = [reason for conditions in all_conditions for reason in conditions.throttled]
     if reasons:
         affected = sum(bool(conditions.throttled) for conditions in all_conditions)
-        yield f"the board throttled in {affected} of {len(all_conditions)} processes: {reasons[0]}"
+        what = "GPU" if reasons[0].startswith(HELD) else "board"
+        yield f"the {what} throttled in {affected} of {len(all_conditions)} processes: {reasons[0]}"
 
 
 def drift_inside(label: str, processes: Iterable[Sequence[int]]) -> Iterable[str]:

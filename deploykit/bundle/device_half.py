@@ -47,6 +47,11 @@ def modules(package: Path) -> list[Path]:
     return sorted(found)
 
 
+def has(runtime: str) -> bool:
+    """Whether engines of that runtime can be built and run by it."""
+    return f"runtimes.{runtime}" in _ROOTS
+
+
 def zipapp() -> bytes:
     """The device half as one file that Python runs: `python3 device.pyz COMMAND`, or `deploykit_device` from `sys.path`."""
     package = Path(__file__).parents[1]

@@ -82,7 +82,8 @@ def pack(
 ) -> Packed:
     """Pack the finished run in the folder `run` into `to`, as one file or as a folder; with `key`, signed by it.
 
-    For each runtime of the recipe the graph that its engine is built from goes in, once: the quantized one where there is one.
+    For each runtime of the recipe that devices have, the graph that its engine is built from goes in, once: the quantized one
+    where there is one.
     With `failed_gates` a run goes in whose gates failed or cannot be decided; the manifest keeps what they said.
     Raises UsageError when `run` is not a finished run, or one whose gates did not pass, when a graph is not there or keeps its
     weights in other files, when `to` cannot be written or is there and is no bundle, or the key cannot sign.
@@ -146,7 +147,7 @@ def _refuse_existing(to: Path, as_folder: bool) -> None:
 def _portable(run: Path, recipe: Mapping[str, Any], tree: Path) -> list[str]:
     """Write the parts that make the identity into `tree`; their paths."""
     models = {}
-    for runtime in recipe["build"]["runtimes"]:
+    for runtime in filter(device_half.has, recipe["build"]["runtimes"]):
         model = _model_for(run, runtime, recipe)
         if runtime == "tensorrt":  # how its engine is to be built on the device
             model = replace(model, facts={**model.facts, "tensorrt": recipe["tensorrt"]})

@@ -78,6 +78,7 @@ _OF_TWO_SIDES = {
     metavar="FILE",
     help="Keep what was measured of this device, for predict --measured FILE, which is then fitted to it.",
 )
+@click.option("--trust", is_flag=True, help="Load engines that are TorchScript, which runs the program in them.")
 @click.option("--arm-root", type=click.Path(path_type=Path), metavar="DIR", help="As for parity --isa, for ARM CPUs.")
 @click.option("--roots", help="Folder on a device with a folder of releases for each network.  [default: /opt/deploykit]")
 @click.option("--python", help="The device's Python, 3.10 or newer.  [default: python3]")
@@ -102,6 +103,7 @@ def benchmark_command(
     times: tuple[str, ...],
     export_times: Path | None,
     calibrate_predictor: Path | None,
+    trust: bool,
     roots: str | None,
     python: str | None,
     ssh_config: Path | None,
@@ -121,7 +123,14 @@ def benchmark_command(
         table["offline_batches"] = list(offline_batches)
     files = {"baseline": baseline, "output": output, "size": size}
     asked: dict[str, Any] = {"streams": streams, "rate": rate, "p99": p99, "instances": instances if instances > 1 else None}
-    rest = {"metric": metric, "scenario": scenario, "isa": isa, "arm_root": arm_root, "export_times": export_times}
+    rest: dict[str, Any] = {
+        "metric": metric,
+        "scenario": scenario,
+        "isa": isa,
+        "arm_root": arm_root,
+        "export_times": export_times,
+    }
+    rest["trust"] = trust or None
     reaching = {"roots": roots, "python": python, "ssh_config": ssh_config}
     if names and "://" in names[0]:
         _refuse_beside_a_device(
@@ -141,12 +150,17 @@ def benchmark_command(
     if not engines:
         raise UsageError("nothing is named to be measured", fix="deploykit benchmark ENGINE, or --times FILE")
     if metric == "instructions":
-        scenarios = {"scenario": None if scenario == "single-stream" else scenario, "export_times": export_times, **asked}
+        scenarios = {
+            "scenario": None if scenario == "single-stream" else scenario,
+            "export_times": export_times,
+            "trust": trust or None,
+        }
+        scenarios |= asked
         _refuse_beside_instructions({**table, **{key: value for key, value in scenarios.items() if value is not None}}, gates)
         return _instructions(engines, fail_on, isa=isa, arm_root=arm_root, **files)
     if isa is not None or arm_root is not None:
         raise UsageError("--isa and --arm-root are about instructions", fix="add --metric instructions")
-    files |= {"times": export_times, "scenario": _scenario(scenario, table, **asked)}
+    files |= {"times": export_times, "scenario": _scenario(scenario, table, **asked), "trust": trust}
     return _timed(engines, _rules_of_time(gates, fail_on), table, calibrate_predictor, **files)
 
 

@@ -160,11 +160,13 @@ def _trained_together(recipe: Recipe, out: Path, as_json: bool) -> int:
     "targets",
     multiple=True,
     required=True,
-    type=click.Choice(["onnx", "torchscript", "onnxruntime", "openvino", "tensorrt", _FASTEST]),
+    type=click.Choice(["onnx", "torchscript", *recipes.OFFERS, _FASTEST]),
     help="What to make; may be given several times. fastest: the engines of every CPU runtime here, and the best of them.",
 )
 @click.option("--fp32", is_flag=True, help="Keep everything in float32 (the default).")
-@click.option("--fp16", is_flag=True, help="Type the graph in float16; with --int8, what stays float.")
+@click.option("--tf32", is_flag=True, help="On a GPU: products of float32 rounded to ten bits.")
+@click.option("--fp16", is_flag=True, help="Compute in float16; with --int8, what stays float.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16.")
 @click.option("--int8", is_flag=True, help="Quantize to INT8 as well; needs --calibrate.")
 @recipe_option("--weights", "model.weights", metavar="default|none|FILE")
 @recipe_option("--weights-key", "model.weights_key", metavar="KEY")
@@ -203,7 +205,9 @@ def export_command(
     model: str,
     targets: tuple[str, ...],
     fp32: bool,
+    tf32: bool,
     fp16: bool,
+    bf16: bool,
     int8: bool,
     gates: tuple[str, ...],
     trust: bool,
@@ -220,23 +224,26 @@ def export_command(
     MODEL is a network of torchvision or of ours (`deploykit models` lists them), timm:NAME, ensemble:NAME+NAME, FILE.py:factory
     or module:factory. The equivalent recipe is written beside the result, so the command can be repeated and reviewed.
     """
-    _refuse_meaningless(targets, fp32=fp32, fp16=fp16, int8=int8, cpu=values["quantize__cpu"])
+    floats = [name for name, asked in (("fp32", fp32), ("tf32", tf32), ("fp16", fp16), ("bf16", bf16)) if asked]
+    _refuse_meaningless(targets, floats, int8=int8, cpu=values["quantize__cpu"])
     content: dict[str, Any] = {"name": _run_name(model), "model": {"name": model, "trust": trust}}
     for key, value in values.items():
         if value is not None:
             table, _, name = key.partition("__")
             content.setdefault(table, {})[name] = int(value) if key == "export__batch" and value.isdecimal() else value
-    formats = ["onnx"] if set(targets) - {"torchscript"} else []
-    content.setdefault("export", {})["formats"] = formats + ["torchscript"] * ("torchscript" in targets)
+    wanted = {
+        "onnx" if name == _FASTEST else recipes.OFFERS[name].made_of if name in recipes.OFFERS else name for name in targets
+    }
+    content.setdefault("export", {})["formats"] = sorted(wanted)
     if cross_check:
         content["export"]["cross_check"] = True
     if fuse_preprocess is not None:
         content["export"]["input"] = f"uint8 {fuse_preprocess.upper()}"
-    runtimes = [name for name in dict.fromkeys(targets) if name in ("onnxruntime", "openvino", "tensorrt")]
+    runtimes = [name for name in dict.fromkeys(targets) if name in recipes.OFFERS]
     if _FASTEST in targets:
         runtimes = [*runtimes, *(name for name in _cpu_runtimes() if name not in runtimes)]
         content["build"] = {**content.get("build", {}), "keep": "fastest"}
-    content.setdefault("build", {}).update({"runtimes": runtimes, "float_type": "fp16" if fp16 else "fp32"})
+    content.setdefault("build", {}).update({"runtimes": runtimes, "float_type": floats[0] if floats else "fp32"})
     if int8:
         content.setdefault("quantize", {})
     if gates:
@@ -284,11 +291,13 @@ def _cpu_runtimes() -> list[str]:
     return [name for name in known if not why[name]]
 
 
-def _refuse_meaningless(targets: tuple[str, ...], *, fp32: bool, fp16: bool, int8: bool, cpu: str | None) -> None:
-    """Combinations of a format and a precision that mean nothing, or that a runtime cannot do."""
+def _refuse_meaningless(targets: tuple[str, ...], floats: Sequence[str], *, int8: bool, cpu: str | None) -> None:
+    """Combinations of a format and a precision that mean nothing; what a runtime cannot do, its recipe refuses."""
     problems = []
-    if fp32 and (fp16 or int8):
+    if "fp32" in floats and (len(floats) > 1 or int8):
         problems.append("--fp32 together with another precision: FP32 is made anyway, as what INT8 is compared with")
+    elif len(floats) > 1:
+        problems.append(f"{' '.join(f'--{name}' for name in floats)}: engines of one run compute in one float type")
     if int8 and "torchscript" in targets:
         problems.append("--int8 --to torchscript: TorchScript holds no Q/DQ; INT8 lives in an ONNX graph")
     if int8 and set(targets) <= {"onnx", "torchscript"}:
@@ -297,12 +306,6 @@ def _refuse_meaningless(targets: tuple[str, ...], *, fp32: bool, fp16: bool, int
         )
     if cpu is not None and not int8:
         problems.append(f"--cpu {cpu} without --int8: a float graph is the same for every CPU")
-    if fp16 and "tensorrt" not in targets:
-        problems.append("--fp16: only TensorRT has float16 kernels here; ONNX Runtime on a CPU would cast every layer to float32")
-    elif fp16 and "onnxruntime" in targets:
-        problems.append("--fp16 --to onnxruntime: on a CPU it has no float16 kernels and would cast every layer to float32")
-    elif fp16 and "openvino" in targets:
-        problems.append("--fp16 --to openvino: its engines here compute in float32 whatever the graph holds")
     if problems:
         raise UsageError("that combination has no meaning", problems=problems)
 

@@ -15,7 +15,7 @@ from deploykit.parity import FLOAT_LIMIT, LEAST_SQNR_DB, Comparison, TensorError
 
 _DECADES = tuple(range(-9, 1))
 _TOP = 5
-_ORDER = (Precision.FP32, Precision.FP16, Precision.BF16)
+_ORDER = (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _ours(found: Artifact, name: str, label: str, said: Said) -> Side:
         raise UsageError(f"{label}: {printable(name)} is a {found.format.value}, which answers nothing")
     if found.format is Format.ENGINE and not runtimes.is_engine(found):
         raise UsageError(f"{label}: {printable(name)} is an engine of no runtime that is known here")
-    if found.format is Format.TORCHSCRIPT:
+    if runtimes.runs_code(found):
         _check_trust(name, label, said)
     literal = label in said.literal
     _refuse_literal(literal and found.format is not Format.ONNX, name, label)

@@ -5,6 +5,7 @@
 
 from deploykit.recipe.reading import benchmark_table, dump, load, parse, shipped
 from deploykit.recipe.tables import (
+    OFFERS,
     SCHEMES,
     BenchmarkTable,
     BuildTable,
@@ -20,6 +21,7 @@ from deploykit.recipe.tables import (
 )
 
 __all__ = [
+    "OFFERS",
     "SCHEMES",
     "BenchmarkTable",
     "BuildTable",

@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from deploykit.gate import Rule, parse_rule
-from deploykit.recipe.tables import FinetuneTable, Recipe
+from deploykit.recipe.tables import OFFERS, FinetuneTable, Recipe
+
+_OF_A_GPU = frozenset({"tensorrt", "onnxruntime_cuda", "torchscript_cuda"})
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
@@ -48,19 +50,16 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "[quantize] follows the rules of a runtime: set build.runtimes (INT8 means another graph for each)"
     if recipe.quantize is not None and recipe.quantize.cpu != "this" and list(recipe.build.runtimes) == ["tensorrt"]:
         yield f"quantize.cpu = {recipe.quantize.cpu!r} means nothing for TensorRT, which runs on a GPU: leave it out"
-    if recipe.build.runtimes and "onnx" not in recipe.export.formats:
-        yield f'build.runtimes = {list(recipe.build.runtimes)} are built from ONNX: add "onnx" to export.formats'
-    if recipe.build.float_type == "fp16" and list(recipe.build.runtimes) != ["tensorrt"]:
+    yield from _not_offered(recipe)
+    if recipe.build.float32 and (recipe.build.float_type != "fp16" or all(made != "onnx" for made in _made_of(recipe))):
         yield (
-            'build.float_type = "fp16" is for build.runtimes = ["tensorrt"] alone: ONNX Runtime on a CPU has no float16 '
-            "kernels for convolutions and would cast every layer to float32, and so does OpenVINO here"
+            'build.float32 names what stays in float32 in an ONNX graph with build.float_type = "fp16" (--fp16), and all of it '
+            "does without"
         )
-    if recipe.build.float32 and recipe.build.float_type == "fp32":
-        yield 'build.float32 names what stays in float32 with build.float_type = "fp16" (--fp16), and all of it does without'
-    if recipe.build.float_type == "fp16" and recipe.export.input != "float":
+    if recipe.build.float_type in ("fp16", "bf16") and recipe.export.input != "float":
         yield (
-            f'export.input = {recipe.export.input!r} with build.float_type = "fp16": scaling the bytes would be rounded to '
-            "half precision, and it is to be exact; feed floats, or leave float_type at fp32"
+            f"export.input = {recipe.export.input!r} with build.float_type = {recipe.build.float_type!r}: scaling the bytes "
+            "would be rounded to half precision, and it is to be exact; feed floats, or leave float_type at fp32"
         )
     yield from _contradictions_of_tensorrt(recipe)
     if recipe.export.size == "dynamic" and "openvino" in recipe.build.runtimes:
@@ -71,7 +70,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield 'export.cross_check is about ONNX: add "onnx" to export.formats'
     if recipe.build.keep == "fastest" and not recipe.benchmark.enabled:
         yield 'build.keep = "fastest" needs a benchmark, and benchmark.enabled is false'
-    if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not {*recipe.build.runtimes} - {"tensorrt"}):
+    if recipe.build.keep == "fastest" and (recipe.build.engine == "skip" or not {*recipe.build.runtimes} - _OF_A_GPU):
         yield 'build.keep = "fastest" chooses among CPU engines: set build.runtimes, build.engine "auto" or "require"'
     if recipe.data.name is not None:
         for key in ("train", "calibrate", "validate"):
@@ -87,6 +86,30 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         values = getattr(recipe.preprocess, key)
         if values is not None and channels is not None and len(values) != len(channels):
             yield f"preprocess.{key} has {len(values)} values for {len(channels)} channels ({channels})"
+
+
+def _made_of(recipe: Recipe) -> list[str]:
+    return [OFFERS[name].made_of for name in recipe.build.runtimes]
+
+
+def _not_offered(recipe: Recipe) -> Iterator[str]:
+    """What the runtimes of a recipe do not have: its float type, INT8, or the file that their engines are built from."""
+    asked = recipe.build.float_type
+    for made_of in sorted(set(_made_of(recipe)) - set(recipe.export.formats)):
+        names = [name for name in recipe.build.runtimes if OFFERS[name].made_of == made_of]
+        title = {"onnx": "ONNX", "torchscript": "TorchScript"}[made_of]
+        yield f'build.runtimes = {names} are built from {title}: add "{made_of}" to export.formats'
+    for name in recipe.build.runtimes:
+        offer = OFFERS[name]
+        if asked not in offer.floats:
+            yield (
+                f'build.float_type = "{asked}" (--{asked}) with build.runtimes "{name}", which has '
+                f"{' and '.join(offer.floats)}: {offer.no_other}"
+            )
+        if recipe.quantize is not None and offer.no_int8:
+            yield f'[quantize] (--int8) with build.runtimes "{name}": it has no INT8, for {offer.no_int8}'
+    if not recipe.build.runtimes and asked != "fp32":
+        yield f'build.float_type = "{asked}" (--{asked}) is of engines, and no runtime is named: set build.runtimes'
 
 
 def _contradictions_of_training(table: FinetuneTable) -> Iterator[str]:

@@ -13,8 +13,39 @@ from typing import Any, Literal
 
 from deploykit.gate import Rule, parse_rule
 
+Portable = Literal["onnx", "torchscript"]
+FloatType = Literal["fp32", "tf32", "fp16", "bf16"]
+
 # What may stand before the colon of a network's name and is no code of the user's.
 SCHEMES = ("timm", "ensemble")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a recipe may ask of a runtime: the float types of its engines, why there are no others, which portable file they are
+    built from, and why there is no INT8."""
+
+    floats: tuple[FloatType, ...]
+    no_other: str = ""
+    made_of: Portable = "onnx"
+    no_int8: str = ""
+
+
+# `runtimes.REGISTRY` has the modules; this page of it is read where no runtime is loaded.
+OFFERS: Mapping[str, Offer] = {
+    "onnxruntime": Offer(("fp32",), "on a CPU it has no float16 kernels for convolutions and would cast every layer to float32"),
+    "openvino": Offer(("fp32",), "its engines here compute in float32 whatever the graph holds"),
+    "tensorrt": Offer(
+        ("fp32", "fp16"),
+        "TensorRT takes TF32 for its fp32 as it sees fit, and graphs have opset 19, in which no convolution is of bfloat16",
+    ),
+    "onnxruntime_cuda": Offer(
+        ("fp32", "tf32", "fp16"),
+        "graphs have opset 19, in which no convolution is of bfloat16",
+        no_int8="its CUDA kernels compute in float between Q and DQ",
+    ),
+    "torchscript_cuda": Offer(("fp32", "tf32", "fp16", "bf16"), made_of="torchscript", no_int8="TorchScript holds no Q/DQ"),
+}
 
 
 def setting(help: str, default: Any = MISSING, *, low: float | None = None, high: float | None = None, path: bool = False) -> Any:
@@ -160,7 +191,7 @@ class FinetuneTable:
 class ExportTable:
     """The portable files."""
 
-    formats: tuple[Literal["onnx", "torchscript"], ...] = setting("which files to write", ("onnx",))
+    formats: tuple[Portable, ...] = setting("which files to write", ("onnx",))
     batch: int | Literal["dynamic"] = setting("dynamic, or a fixed number of images", "dynamic", low=1, high=65_536)
     opset: Literal[19] = setting("ONNX opset; 19 is the newest that TensorRT 10.3 reads and carries FP16 scales", 19)
     exporter: Literal["auto", "new", "legacy"] = setting(
@@ -237,7 +268,9 @@ class QuantizeTable:
 class BuildTable:
     """Engines."""
 
-    runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = setting("which engines to build", ("onnxruntime",))
+    runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt", "onnxruntime_cuda", "torchscript_cuda"], ...] = setting(
+        "which engines to build", ("onnxruntime",)
+    )
     keep: Literal["all", "fastest"] = setting(
         "fastest: of the engines that no gate fails, the one with the lowest latency is copied to the folder `fastest`", "all"
     )
@@ -252,8 +285,10 @@ class BuildTable:
     engine: Literal["auto", "require", "skip"] = setting(
         "auto: build where this machine can, say so where not; require: else exit 4; skip: portable files only", "auto"
     )
-    float_type: Literal["fp32", "fp16"] = setting(
-        "what stays float in TensorRT's graphs: fp16 types them in half precision", "fp32"
+    float_type: Literal["fp32", "tf32", "fp16", "bf16"] = setting(
+        "what engines compute in, with INT8 what stays float: all bits of float32, TF32 (ten bits of what is multiplied), half "
+        "precision or bfloat16; refused for runtimes that have no such kernels",
+        "fp32",
     )
     float32: tuple[str, ...] = setting(
         "with float_type fp16: operators, and nodes by name or pattern, that stay in float32: 'Sigmoid', 'head.*'; beside "

@@ -28,6 +28,7 @@ def latency(result: Result) -> Child:
         _ratios(result, benchmark.get("ratios") or ()),
         _throughput(result, engines),
         _benchmark_table(engines),
+        _on_the_gpu(benchmark, engines),
         _not_built(result),
     ]
 
@@ -208,6 +209,18 @@ def _benchmark_table(engines: Sequence[Result]) -> Markup:
         columns,
         rows,
     )
+
+
+def _on_the_gpu(benchmark: Result, engines: Sequence[Result]) -> Child:
+    """What GPUs took by their own clock, and how fast that was; or that nobody looked."""
+    timed = [engine for engine in engines if engine.get("gpu_ns")]
+    if not timed:
+        return None
+    told = benchmark.get("board") or {}
+    clocks, unseen = told.get("gpu_mhz"), words_of(told.get("unseen"), "nothing was recorded")
+    clock = f"Its clock was {clocks[0]} to {clocks[1]} MHz." if clocks else f"Its clock was not watched: {unseen}."
+    times = ", ".join(f"{words_of(engine.get('label'), 'engine')} {units.duration(engine['gpu_ns'])}" for engine in timed)
+    return element("p", f"On the GPU alone, by CUDA events, without copies: {times}. {clock}")
 
 
 def _percentile(engine: Result, name: str) -> str:

@@ -83,11 +83,14 @@ def _device(left: Mapping[str, Any]) -> list[str]:
 
 
 def _board(told: Mapping[str, Any] | None) -> list[str]:
-    """A Jetson's power mode and clocks."""
+    """A Jetson's power mode, and the clocks of the GPU."""
     if not told:
         return []
-    modes = f"power mode {', '.join(told['power_modes'])}" if told["power_modes"] else "power mode not known"
-    return [f"{modes}; the GPU under load at {told['gpu_mhz'][0]} to {told['gpu_mhz'][1]} MHz" if told["gpu_mhz"] else modes]
+    if unseen := told.get("unseen"):
+        return [f"clocks of the GPU and what held them down were not watched: {unseen}"]
+    parts = [f"power mode {', '.join(told['power_modes'])}"] * bool(told["power_modes"])
+    parts += [f"the GPU under load at {told['gpu_mhz'][0]} to {told['gpu_mhz'][1]} MHz"] if told["gpu_mhz"] else []
+    return ["; ".join(parts)]
 
 
 def benchmark(result: Mapping[str, Any]) -> str:
@@ -125,6 +128,8 @@ def benchmark(result: Mapping[str, Any]) -> str:
     parts.append(f"percentiles: {units.percentiles_of(result['engines'])}")
     parts += _served(result["engines"], scenario)
     parts += _board(result.get("board"))
+    on_gpu = [f"{engine['label']} {_milliseconds(engine['gpu_ns'])} ms" for engine in result["engines"] if engine.get("gpu_ns")]
+    parts += [f"on the GPU alone, by CUDA events: {', '.join(on_gpu)}"] * bool(on_gpu)
     energies = [f"{engine['label']} {engine['energy_mj']:.3g} mJ" for engine in result["engines"] if engine.get("energy_mj")]
     parts += [f"energy of an image, at the mean power of the run: {', '.join(energies)}"] * bool(energies)
     floor = 100 * result["noise_floor"]

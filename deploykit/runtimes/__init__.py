@@ -154,10 +154,11 @@ class QdqRules:
 @dataclass(frozen=True)
 class Entry:
     """One registered runtime: its module, its package, what to do when it is missing, and its quantization rules (None: no
-    INT8). `on_cpu` says whether INT8 depends on the CPU; `signed_on_arm64`, whether its kernels for ARM's int8 dot product
-    multiply signed by signed and do less with signed activations; `profiles`, whether its module says what each kernel takes
-    (`ProfilingRuntime`); `tells_progress`, whether its builds say how far they are (`TellingRuntime`); `threads`, what the
-    settings of its engines call the number of threads (None: an engine has none)."""
+    INT8, and `no_int8` says why). `on_cpu` says whether INT8 depends on the CPU; `signed_on_arm64`, whether its kernels for ARM's
+    int8 dot product multiply signed by signed and do less with signed activations; `profiles`, whether its module says what each
+    kernel takes (`ProfilingRuntime`); `tells_progress`, whether its builds say how far they are (`TellingRuntime`); `threads`,
+    what the settings of its engines call the number of threads (None: an engine has none); `builds`, whether it makes engines, or
+    runs a portable file as it is; `runs_code`, whether loading one of its engines runs the program in it."""
 
     module: str
     package: str
@@ -168,6 +169,9 @@ class Entry:
     profiles: bool = False
     tells_progress: bool = False
     threads: str | None = "intra_op_num_threads"
+    no_int8: str = "its format cannot hold Q/DQ"
+    builds: bool = True
+    runs_code: bool = False
 
 
 REGISTRY: Mapping[str, Entry] = {
@@ -212,7 +216,27 @@ REGISTRY: Mapping[str, Entry] = {
         tells_progress=True,
         threads=None,
     ),
-    "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None),
+    "torchscript": Entry("deploykit.runtimes.torchscript", "torch", "pip install deploykit", None, builds=False),
+    # On the first GPU. Between Q and DQ its CUDA kernels compute in float, so that an INT8 graph would be a slower float one.
+    "onnxruntime_cuda": Entry(
+        "deploykit.runtimes.onnxruntime_cuda",
+        "onnxruntime",
+        "on a machine with an NVIDIA GPU: pip uninstall onnxruntime, then pip install 'deploykit[gpu]'; the two packages "
+        "overwrite each other's files",
+        None,
+        on_cpu=False,
+        threads=None,
+        no_int8="its CUDA kernels compute in float between Q and DQ",
+    ),
+    "torchscript_cuda": Entry(
+        "deploykit.runtimes.torchscript_cuda",
+        "torch",
+        "on a machine with an NVIDIA GPU, install the build of PyTorch for its driver's CUDA (pytorch.org, Get Started)",
+        None,
+        on_cpu=False,
+        threads=None,
+        runs_code=True,
+    ),
 }
 
 
@@ -227,7 +251,7 @@ def rules(name: str, cpu: Cpu = "this", *, arch: str | None = None, features: It
     """
     entry = REGISTRY[name]
     if entry.rules is None:
-        raise UsageError(f"{name} has no INT8: its format cannot hold Q/DQ", fix="quantize for onnxruntime, openvino or tensorrt")
+        raise UsageError(f"{name} has no INT8: {entry.no_int8}", fix="quantize for onnxruntime, openvino or tensorrt")
     if not entry.on_cpu:
         return entry.rules
     has_dot_product = has_int8_dot_product(cpu_features() if features is None else features)
@@ -254,8 +278,14 @@ def get(name: str) -> Runtime:
 def is_engine(artifact: Artifact) -> bool:
     """Whether it is an engine of a runtime that deploykit drives: a manifest from elsewhere may say anything."""
     entry = REGISTRY.get(str(artifact.facts.get("runtime")))
-    is_driven = entry is not None and entry.rules is not None
-    return artifact.format is Format.ENGINE and is_driven
+    return artifact.format is Format.ENGINE and entry is not None and entry.builds
+
+
+def runs_code(artifact: Artifact) -> bool:
+    """Whether loading it runs a program that is in it, whatever its manifest says: TorchScript, and an engine made of it."""
+    entry = REGISTRY.get(str(artifact.facts.get("runtime")))
+    is_program = artifact.format is Format.ENGINE and entry is not None and entry.runs_code
+    return artifact.format is Format.TORCHSCRIPT or is_program
 
 
 def threads_of(engine: Artifact) -> int | None:

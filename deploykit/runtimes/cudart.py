@@ -26,6 +26,7 @@ _POINTER = POINTER(c_void_p)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaGetDeviceCount": (POINTER(c_int),),
     "cudaSetDevice": (c_int,),
+    "cudaDeviceGetPCIBusId": (c_void_p, c_int, c_int),
     "cudaDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cudaGetDeviceProperties": (c_void_p, c_int),
     "cudaMemGetInfo": (POINTER(c_size_t), POINTER(c_size_t)),
@@ -57,7 +58,7 @@ _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: what other threads of the process do cannot spoil a capture
 _MULTIPROCESSORS, _CLOCK_KHZ, _MAJOR, _MINOR = 16, 13, 75, 76  # cudaDeviceAttr
 # sizeof(cudaDeviceProp) is about 1 kB and differs between versions; it begins with `char name[256]` in all of them.
-_PROPERTIES_BYTES, _NAME_BYTES = 8192, 256
+_PROPERTIES_BYTES, _NAME_BYTES, _BUS_ID_BYTES = 8192, 256, 64
 _MEMORY_ALLOCATION, _DRIVER_TOO_OLD = 2, 35  # cudaErrorMemoryAllocation, cudaErrorInsufficientDriver
 _FREQUENCIES = Path("/sys/class/devfreq")
 _TEGRA_GPUS = ("gpu", "ga10b", "gv11b", "gp10b", "gm20b")
@@ -115,6 +116,12 @@ class Cuda:
         capability = self._attribute(_MAJOR), self._attribute(_MINOR)
         clock = _tegra_clock_khz(frequencies) or self._attribute(_CLOCK_KHZ)
         return Device(name, capability, self._attribute(_MULTIPROCESSORS), clock)
+
+    def bus_id(self) -> str:
+        """Where the first GPU is on the PCI bus, such as 0000:65:00.0; other libraries count GPUs in another order."""
+        text = ctypes.create_string_buffer(_BUS_ID_BYTES)
+        self._call("cudaDeviceGetPCIBusId", text, c_int(_BUS_ID_BYTES), c_int(0))
+        return text.value.decode(errors="replace")
 
     def free_bytes(self) -> int:
         """How much memory of the GPU nobody uses; on a Jetson that is memory of the whole machine."""

@@ -35,7 +35,7 @@ VERSION: str = onnxruntime.__version__
 # layers that were kept in float. The second removes the Identity through which all float readers share one DequantizeLinear.
 _NOT_OURS = ("WeightBiasQuantization", "EliminateIdentity")
 SETTINGS = "session.json"
-_DTYPES = {
+DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
@@ -60,7 +60,7 @@ class OnnxSession:
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._expected = [(item.name, _DTYPES.get(item.type, item.type), item.shape) for item in session.get_inputs()]
+        self._expected = [(item.name, DTYPES.get(item.type, item.type), item.shape) for item in session.get_inputs()]
         self._outputs = [item.name for item in session.get_outputs()]
         sizes = {size for _, _, shape in self._expected for size in shape}
         # As many boxes as there are: answers to inputs of one size may differ in size.
@@ -118,7 +118,7 @@ def build(model: Artifact, folder: Path, *, threads: int) -> Artifact:
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(folder / ENGINE)
-    content = _content(model.path)
+    content = content_of(model.path)
     if isinstance(content, Path):  # above what one file holds, the engine too has its weights beside it
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{ENGINE}.data")
     try:
@@ -160,7 +160,7 @@ def load(engine: Artifact) -> OnnxSession:
     options = _options(_threads(engine))
     # The optimizer has run offline; running it again only costs time at load.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return OnnxSession(_open(_content(engine.path), options, engine.path))
+    return OnnxSession(_open(content_of(engine.path), options, engine.path))
 
 
 def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, arena: bool = True) -> OnnxSession:
@@ -173,7 +173,7 @@ def reference(model: Path | bytes, *, threads: int = 0, optimise: bool = False, 
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena
-    content = model if isinstance(model, bytes) else _content(model)
+    content = model if isinstance(model, bytes) else content_of(model)
     return OnnxSession(_open(content, options, model if isinstance(model, Path) else Path("model.onnx")))
 
 
@@ -181,7 +181,7 @@ def optimized(model: Path, *, threads: int = 1) -> OnnxSession:
     """Open an ONNX file with the optimizations of `build`, done in memory for the CPU that this process runs on."""
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return OnnxSession(_open(_content(model), options, model, disabled=_NOT_OURS))
+    return OnnxSession(_open(content_of(model), options, model, disabled=_NOT_OURS))
 
 
 def write_optimized(content: bytes, path: Path) -> None:
@@ -225,7 +225,12 @@ def realised(engine: Artifact, model: Artifact) -> Realised:
 
     A layer is found again by its node name, which ONNX Runtime keeps through fusion and layout changes.
     """
-    before, after = read_nodes(model.path), read_nodes(engine.path)
+    return traced(read_nodes(engine.path), model)
+
+
+def traced(after: Sequence[Node], model: Artifact) -> Realised:
+    """Which of the nodes that ONNX Runtime left of `model`, `after` its optimizations, each layer became."""
+    before = read_nodes(model.path)
     return Realised(
         layers=tuple(_trace(node, before, after, model) for node in layers_of(model, before)),
         kernels=_census(after),
@@ -239,7 +244,7 @@ def profile(engine: Artifact, model: Artifact, inputs: Tensors, *, queries: int)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder, "profile"))
-        opened = _open(_content(engine.path), options, engine.path)
+        opened = _open(content_of(engine.path), options, engine.path)
         session = OnnxSession(opened)
         for _ in range(2 * queries):
             run(session, inputs)
@@ -325,7 +330,7 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def _content(path: Path) -> bytes | Path:
+def content_of(path: Path) -> bytes | Path:
     """What is opened of a file: its bytes, or the path where its weights lie beside it, as in files of ours above 2 GB.
 
     Given bytes, ONNX Runtime refuses external data. So a path is given only where all of them are in PATH.data, in the same

@@ -33,7 +33,7 @@ class TorchScriptSession:
     def execute(self) -> None:
         """Run once. Raises StageError with torch's words when the program fails, as one with a frozen batch does."""
         try:
-            with torch.inference_mode(), _without_deprecation():
+            with torch.inference_mode(), without_deprecation():
                 answer = self._module(*self._fed)
         except RuntimeError as error:
             raise StageError("the TorchScript program failed", why=str(error).strip().splitlines()[-1]) from error
@@ -50,7 +50,7 @@ class TorchScriptSession:
 
 def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     """Trace `module` in eval mode on `example` (N, C, H, W), freeze it (BatchNorm folded) and save it at `path`."""
-    with torch.no_grad(), _without_deprecation():
+    with torch.no_grad(), without_deprecation():
         traced = torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
         # optimize_for_inference would tie the file to this CPU (MKL-DNN layouts); freezing keeps it portable.
         content = io.BytesIO()
@@ -65,7 +65,7 @@ def write_scripted(module: nn.Module, path: Path) -> None:
     Not frozen: detectors remember whether they have warned, and what a program changes cannot be made a constant.
     """
     try:
-        with _without_deprecation():
+        with without_deprecation():
             content = io.BytesIO()
             torch.jit.save(torch.jit.script(module), content)
     except RuntimeError as error:
@@ -76,13 +76,19 @@ def write_scripted(module: nn.Module, path: Path) -> None:
 
 def load(model: Artifact) -> TorchScriptSession:
     """Open a TorchScript file. Loading one runs the program in it: only what this run made and what the user trusts come here."""
-    with _without_deprecation():
-        module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
-    return TorchScriptSession(module, model.inputs, model.outputs)
+    return TorchScriptSession(opened(model.path, torch.device("cpu")), model.inputs, model.outputs)
+
+
+def opened(path: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """The program of a file, its weights on that device."""
+    with without_deprecation():
+        module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+    return module
 
 
 @contextmanager
-def _without_deprecation() -> Iterator[None]:
+def without_deprecation() -> Iterator[None]:
+    """Without torch's word that torch.jit will go."""
     with warnings.catch_warnings():
         # torch 2.15 says FutureWarning, earlier ones DeprecationWarning.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.")

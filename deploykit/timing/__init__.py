@@ -58,6 +58,7 @@ def measure(
     baseline: Path | None = None,
     output: Path | None = None,
     size: int | None = None,
+    trust: bool = False,
     scenario: Scenario = SINGLE_STREAM,
     times: Path | None = None,
     keeper: Keeper | None = None,
@@ -72,7 +73,7 @@ def measure(
     nothing to be judged on, and for files that cannot be written.
     """
     with TemporaryDirectory(prefix="deploykit-") as scratch:
-        engines = engines_at(paths, Path(scratch), size=size)
+        engines = engines_at(paths, Path(scratch), size=size, trust=trust)
         if times is not None and (len(engines) > 1 or scenario != SINGLE_STREAM):
             why = "such a file holds the queries of one engine, one after the other"
             raise UsageError("these times cannot be written as trtexec does", why=why)
@@ -121,7 +122,7 @@ def _measured(
     }
 
 
-def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None) -> dict[str, Artifact]:
+def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None, trust: bool = False) -> dict[str, Artifact]:
     """The engines at `paths` by label: an engine's folder or main file, a run with all its engines, a bundle, or an ONNX file.
 
     A bundle and an ONNX file that is no artifact's are built in the folder `scratch`, and their label is their name. Raises
@@ -144,6 +145,11 @@ def engines_at(paths: Sequence[Path], scratch: Path, *, size: int | None = None)
             continue
         artifacts = [artifact for artifact in map(read_artifact, _artifacts_in(path)) if runtimes.is_engine(artifact)]
         found += [(path, f"{artifact.facts['runtime']} {artifact.precision.value}", artifact) for artifact in artifacts]
+        problems += [
+            f"{printable(artifact.path)} is TorchScript, whose program runs when it is loaded: --trust, if you know its maker"
+            for artifact in artifacts
+            if runtimes.runs_code(artifact) and not trust
+        ]
         if not artifacts:
             problems.append(f"{printable(path)} is neither an engine, nor a bundle, nor a run that has one")
     if problems:
@@ -345,6 +351,7 @@ def _engine(report: BenchmarkReport, found: Measured, engine: Artifact) -> dict[
         "median_ns": found.median_ns,
         "interval_ns": list(report.median_interval_ns(found.label)),
         "end_to_end_ns": found.end_to_end_ns,
+        "gpu_ns": found.gpu_ns,
         **percentiles([process.latency_ns for process in ran]),
         "offline": [{"batch": batch, "per_second": per_second} for batch, per_second in found.per_second.items()],
         "load_ns": [process.load_ns for process in ran],

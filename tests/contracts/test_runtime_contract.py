@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fake_onnxruntime
+import fake_torch_cuda
 import networks
 import numpy as np
 import pytest
@@ -23,17 +25,24 @@ from deploykit.runtimes import Session, run
 
 @pytest.fixture(scope="module")
 def engines(portable, tmp_path_factory) -> Iterator[dict[str, Artifact]]:
-    """One network for every runtime; TensorRT's is a fake, so what is held here is our session on top of it."""
+    """One network for every runtime; those on a GPU are fakes, so what is held here is our sessions on top of them."""
     folder = tmp_path_factory.mktemp
     script = export.torchscript_model(
         networks.model("residual"), networks.images(8), None, ExportTable(formats=("torchscript",)), folder("torchscript")
     )
-    with installed(World("10.3.0", FakeCuda())), pytest.MonkeyPatch.context() as patch:
+    cuda = FakeCuda()
+    with (
+        installed(World("10.3.0", cuda)),
+        fake_onnxruntime.installed(fake_onnxruntime.World(cuda)),
+        fake_torch_cuda.installed(fake_torch_cuda.World()),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("XDG_CACHE_HOME", str(folder("caches")))
         registered_as_documented(patch, folder("documented"))
-        names = ("onnxruntime", "openvino", "tensorrt", "plain")
+        names = ("onnxruntime", "openvino", "tensorrt", "plain", "onnxruntime_cuda")
         built = {name: build.build(portable("residual"), name, folder(name)) for name in names}
-        yield {**built, "torchscript": script}
+        cuda_script = build.build(script, "torchscript_cuda", folder("torchscript_cuda"))
+        yield {**built, "torchscript": script, "torchscript_cuda": cuda_script}
 
 
 def registered_as_documented(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -50,7 +59,9 @@ def load(engines) -> Callable[[str], Session]:
     return lambda name: runtimes.get(name).load(engines[name])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "torchscript", "plain"])
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", "openvino", "tensorrt", "torchscript", "plain", "onnxruntime_cuda", "torchscript_cuda"]
+)
 class TestEveryRuntime:
     def test_it_answers_like_pytorch(self, load, name):
         inputs = networks.images(4, seed=5)

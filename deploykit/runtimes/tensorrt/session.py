@@ -111,6 +111,7 @@ class TensorRtSession:
         found = []
         with self._cuda.event() as start, self._cuda.event() as end:
             for _ in range(queries):
+                self._start()  # so that the GPU is still at work when the host launches the next one
                 self._cuda.record(start, self._stream)
                 self._start()
                 self._cuda.record(end, self._stream)
