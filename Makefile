@@ -15,6 +15,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/startup.py --output benchmarks/results

@@ -1,1 +1,1 @@
-"""From a PyTorch CNN to a verified engine on the device: the public names, on one screen."""
+"""From a PyTorch CNN to a verified engine on the device; docs/api.md lists the names that other programs may use."""

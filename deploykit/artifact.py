@@ -138,8 +138,10 @@ class Samples:
 class Artifact:
     """One finished stage result; immutable, and complete on disk when this value exists.
 
-    `path` is the main file; everything beside it belongs to the artifact. `machine` is None when the artifact is
-    portable; an engine names the machine it was built on and is refused elsewhere.
+    `path` is the main file, `sha256` its digest in hex; everything beside it belongs to the artifact. `stage` made it from
+    `parents`, which are such digests, by `settings` and the versions in `tools`; the digest of all that is `key`.
+    `classes` has the names of the classes by index, empty where nobody said them. `facts` are what the stage found out.
+    `machine` is None when the artifact is portable; an engine names the machine it was built on and is refused elsewhere.
     """
 
     path: Path
@@ -193,7 +195,10 @@ def make(final: Path, key: str, fill: Callable[[Path], Artifact]) -> Artifact:
 
 
 def find(final: Path, key: str) -> Artifact | None:
-    """The artifact at `final` if it is complete, undamaged and was made under `key`; else None: it has to be made."""
+    """The artifact at `final` if it is complete, undamaged and was made under `key`; else None: it has to be made.
+
+    `key` is whatever text the maker passed to `make`: a digest of everything that the content depends on.
+    """
     try:
         found = read_artifact(final)
     except UsageError:

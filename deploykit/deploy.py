@@ -32,9 +32,15 @@ _LOOKS, _LOOK_S = 20, (1.0, 10.0)  # how often a device on trial is asked while 
 
 @dataclass(frozen=True)
 class How:
-    """How to deploy. `root` is the folder on the device, by default one of the network's name below /opt/deploykit;
-    `confirm_within_s` puts the release on trial; `rebuild` lets the device build its engine again when an update there has made
-    it stale; the others are what the device half's commands of that name take."""
+    """How to deploy.
+
+    `root` is the folder on the device, by default one of the network's name below /opt/deploykit. `confirm_within_s` puts the
+    release on trial for so many seconds, until somebody confirms it. `rebuild` lets the device build its engine again when an
+    update there has made it stale; `allow_downgrade` takes a release that is lower than the one there.
+
+    `model` is one graph of the bundle, `<runtime>-<precision>`, by default the only one that the device can build. `threads`
+    are of its engine, 0 for all cores; `processes` and `queries` of the benchmark, where the bundle has rules of latency.
+    """
 
     root: str | None = None
     python: str = "python3"

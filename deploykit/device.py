@@ -213,7 +213,10 @@ class Lease:
 
 
 def trust(connection: Connection, root: str, signers: Path) -> None:
-    """Put a file of allowed signers where the device half looks for it: from then on nothing else is installed there."""
+    """Put a file of allowed signers where the device half looks for it: from then on nothing else is installed there.
+
+    `root` is the folder of one network on the device. Raises DeploykitError when that cannot be made or written, LineError.
+    """
     done = connection.run(["mkdir", "-p", "--", root])
     if done.code:
         fix = f"on the device, once: sudo install -d -o USER {root}; or another --root"

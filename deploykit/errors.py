@@ -23,8 +23,8 @@ from pathlib import Path
 class DeploykitError(Exception):
     """What failed, why, and what to do about it.
 
-    `what` is one line; `why` and `fix` are optional sentences; `problems` lists all findings when several were
-    collected before raising.
+    `what` is one line; `why` and `fix` are optional sentences, empty when there is nothing to say; `problems` lists all findings
+    when several were collected before raising. `str` of the error is all of it, as the command line prints it.
     """
 
     exit_code = 1

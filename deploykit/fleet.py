@@ -59,7 +59,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Fleet:
-    """What a fleet.toml says. `canaries` is the share of each group that goes first."""
+    """What a fleet.toml says. `canaries` is the share, 0 to 1, of each group that goes first; `parallel` devices are deployed to
+    at a time, and `stop_after` failures end it."""
 
     members: tuple[Member, ...]
     canaries: Mapping[str, float]

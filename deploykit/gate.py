@@ -53,7 +53,7 @@ EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 3, Verdict.CANNOT_TELL: 5, None: 0}
 
 @dataclass(frozen=True)
 class Rule:
-    """One parsed gate rule."""
+    """One parsed gate rule; `limit` is in the unit that its metric has above, and `str` of it is what `parse_rule` reads."""
 
     metric: str
     limit: float
@@ -99,7 +99,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class GateResult:
-    """A rule, what was observed (None: nothing), its 95 % interval (None for an exact count), the verdict, its reason."""
+    """A rule, the verdict on it, and the reason in words; `observed` and its 95 % `interval` are in the rule's unit.
+
+    `observed` is None where nothing was, `interval` for an exact count.
+    """
 
     rule: str
     verdict: Verdict
@@ -142,7 +145,7 @@ def rule_in(told: str) -> Rule | None:
 
 
 def judge(rule: Rule, counts: PairedCounts) -> GateResult:
-    """Judge one rule. Raises ValueError when a drop is asked for and there are no labels."""
+    """Judge a rule of answers, one of the first three above. Raises ValueError for a drop where there are no labels."""
     if rule.metric == "disagreements":
         verdict = Verdict.PASS if counts.disagreements <= rule.limit else Verdict.FAIL
         reason = f"{counts.disagreements} of {counts.images} images"

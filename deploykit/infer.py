@@ -82,8 +82,11 @@ class Network:
 
 
 def load(path: str | os.PathLike[str]) -> Network:
-    """The network at `.../current` on a device. Raises UsageError when there is no current release, or its engine is not for
-    this machine and runtime any more."""
+    """The network at `.../current` on a device.
+
+    Raises UsageError when there is no current release, or its engine is not for this machine and runtime any more, with the
+    command that builds it again; CapabilityError where its runtime is not there any more.
+    """
     link = Path(path)
     if link.name != slots.CURRENT:
         raise UsageError(f"{printable(link)} is not the link of a current release", fix=f"name .../{slots.CURRENT}")

@@ -31,7 +31,11 @@ FLOAT_LIMIT = {Precision.FP32: 1e-4, Precision.TF32: 1e-2, Precision.FP16: 1e-2,
 
 @dataclass(frozen=True)
 class TensorErrors:
-    """Differences of two tensors of one shape; `relative` is max|d| / max|wanted|, `sqnr_db` is infinite when equal."""
+    """Differences of two tensors of one shape, in the tensors' own unit; `relative` is max|d| / max|wanted|.
+
+    `sqnr_db` is the wanted tensor's power over that of the difference, in dB; infinite when they are equal. `cosine` is 1 when
+    one is a multiple of the other.
+    """
 
     max_abs: float
     mean_abs: float
@@ -53,7 +57,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy of both on the same labelled images; drop and its 95 % interval in percentage points."""
+    """Top-1 accuracy of both on the same labelled images, 0 to 1; drop and its 95 % interval in percentage points."""
 
     reference: float
     engine: float
@@ -111,7 +115,7 @@ def conversion(actual: Tensors, samples: Samples, precision: Precision) -> Conve
 
 
 def compare(engine: Logits, reference: Logits, names: Sequence[str], labels: NDArray[np.int64] | None) -> Comparison:
-    """Compare two sets of logits (images, classes) for the same images.
+    """Compare two sets of logits (images, classes) for the same images, which are called `names`; `labels` are class indices.
 
     Raises UsageError when they do not have the same shape or there is no image.
     """

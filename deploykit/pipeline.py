@@ -49,8 +49,12 @@ def run(
 ) -> Mapping[str, Any]:
     """Do everything that `recipe` asks for in the folder `out`, and return the content of `result.json`.
 
-    Raises UsageError for input that cannot be used, CapabilityError when a required engine cannot be built here,
-    StageError when a stage's own check fails. A gate that fails is a result: see its `exit_code`.
+    `exit_code` in it is 0, 3 when a gate failed, 5 when one cannot tell, and `verdict` says the same in words. `gates` has each
+    rule with what was observed, `engines` and `exports` what was made and where, `parity` how far answers are apart,
+    `benchmark` the times (None: it was not asked for). `command` is what the page tells people to run again.
+
+    Raises UsageError for input that cannot be used and for an `out` in which another run works, CapabilityError when a required
+    engine cannot be built here, StageError when a stage's own check fails, DeploykitError when the file system refuses.
     """
     _require_target(recipe)
     _require_engines(recipe)
@@ -108,7 +112,8 @@ def train(
 ) -> Mapping[str, Any]:
     """Only the training that `recipe` asks for, in the folder `out`, with a page of its own; `run` goes on from there.
 
-    Of several `processes` this is the first, which alone writes; the others `assist`. Raises what `run` raises.
+    Returns plain JSON values. The recipe has to have a `[finetune]` table. Of several `processes` this is the first, which alone
+    writes; the others `assist`. Raises what `run` raises.
     """
     from deploykit.report import training
 

@@ -65,7 +65,9 @@ def verify(
 ) -> dict[str, Any]:
     """Compare exports and engines with `model` on `images`, judge `rules` on every INT8 one, and return plain JSON values.
 
-    Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must.
+    Two gates need no rule: an engine must answer like its own graph, and every layer that was to run in int8 must. `gates` in
+    the result has their verdicts and those of the rules, `parity` the errors and decisions of each export and engine by its
+    `label`, `visible_drop_points` what so many images can show at all. An engine that was not built is left out.
     """
     if model.task in SCENES:
         return _verify_scenes(model, images, exports, engines, rules, progress)

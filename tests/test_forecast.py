@@ -267,6 +267,10 @@ class TestLatency:
         with pytest.raises(UsageError, match="no int8 kernels"):
             latency.predict(simple(), targets.find("jetson-nano"), "int8")
 
+    def test_a_word_that_is_no_precision_is_refused_with_those_there_are(self):
+        with pytest.raises(UsageError, match=r"'int4' is no precision\n  why: there are int8, fp16, tf32, fp32"):
+            forecast.predict(simple(), ORIN, precision="int4")
+
     def test_layers_that_q_dq_leaves_out_stay_float(self):
         layer = simple().layers[0]
         mixed = Network("mixed", (replace(layer, is_int8=True), layer), (), has_qdq=True)

@@ -17,7 +17,7 @@ from deploykit.cli import cli
 from deploykit.report import html
 
 GUIDES = ["tour"]  # pages whose commands are all run, in order, in one folder
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 # A training of a few epochs and a few measurements: the same commands, in seconds.
 QUICK = """
 case "$1" in
@@ -152,4 +152,4 @@ class TestAllPagesTogether:
             found = {(path.parent / name).resolve() for name in re.findall(r"\]\(([^)\s#]+\.md)", path.read_text())}
             waiting += [target for target in found if target not in linked]
 
-        assert set(DOCS.glob("*.md")) <= linked
+        assert set(DOCS.rglob("*.md")) <= linked

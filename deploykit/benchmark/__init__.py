@@ -63,6 +63,9 @@ def benchmark(
 ) -> BenchmarkReport:
     """Measure each engine on its own golden samples in `processes` fresh processes, all of them in random order.
 
+    A process asks `warmup` queries that do not count, then `queries` that do, then every batch of `offline_batches` for
+    `offline_seconds`. `seed` says the order, and what bootstraps draw.
+
     The first engine is the baseline and is measured in as many processes again: what it shows against itself is the
     noise floor of the run. A process that the kernel's accounts call disturbed is measured again at the end, for up to half
     as many processes as were asked for: choosing by the cause, and never by the time, leaves the times unbiased.

@@ -24,7 +24,10 @@ _SIZE_LIMIT_BYTES = 64 << 20
 
 
 def judge(rule: Rule, report: BenchmarkReport, label: str, baseline: str | None = None) -> GateResult:
-    """Judge a rule of time on the engine `label`; a slowdown is over `baseline`, by default the report's own."""
+    """Judge a rule of time on the engine `label`; a slowdown is over `baseline`, by default the report's own.
+
+    Raises UsageError for a label that was not measured.
+    """
     if rule.metric == "slowdown":
         return judge_slowdown(rule, report.difference(label, baseline), report.doubts)
     low, high = (bound / 1e6 for bound in report.median_interval_ns(label))
@@ -40,7 +43,10 @@ def judge_slowdown(rule: Rule, found: Difference, doubts: tuple[str, ...]) -> Ga
 
 
 def judge_since(rule: Rule, report: BenchmarkReport, earlier: BenchmarkReport, label: str) -> GateResult:
-    """Judge a slowdown of `label` since an earlier run; when either run is not valid, nothing can be told."""
+    """Judge a slowdown of `label` since an earlier run; when either run is not valid, nothing can be told.
+
+    Raises what `since` raises: UsageError for a label that is not in both, and for runs of two machines or two power modes.
+    """
     return judge_slowdown(rule, since(report, earlier, label), doubts_since(report, earlier))
 
 
@@ -123,7 +129,7 @@ def _modes(report: BenchmarkReport) -> list[str]:
 
 
 def save(report: BenchmarkReport, path: Path) -> None:
-    """Write the raw samples as JSON."""
+    """Write the raw samples as JSON, whole or not at all. Raises DeploykitError when the file system refuses."""
     with translating_os_errors("write the raw samples", path):
         publish.write_file(path, json.dumps({"schema": _SCHEMA, **_mapping(report)}).encode())
 

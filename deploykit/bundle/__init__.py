@@ -163,6 +163,7 @@ def signer_of(path: Path, content: bytes, signed: bytes | None, signers: Path) -
 def check(path: Path, *, signers: Path | None = None, files: Files | None = None) -> Verification:
     """Check every file of a bundle against its manifest, and with `signers` who signed that; `files` as in `opened`.
 
+    What is extra, missing or changed is in the answer; `require_whole` raises it. `signers` is an OpenSSH allowed-signers file.
     Raises UsageError when it is no bundle, is not signed by one of them, or one of its graphs reads files outside of it.
     """
     with opened(path, signers=signers, files=files) as bundle:

@@ -83,8 +83,10 @@ def pack(
     """Pack the finished run in the folder `run` into `to`, as one file or as a folder; with `key`, signed by it.
 
     For each runtime of the recipe that devices have, the graph that its engine is built from goes in, once: the quantized one
-    where there is one.
-    With `failed_gates` a run goes in whose gates failed or cannot be decided; the manifest keeps what they said.
+    where there is one. With `failed_gates` a run goes in whose gates failed or cannot be decided; the manifest keeps what they
+    said. `release` orders the bundles of one network: a device takes a lower one only when it is told to. `key` is a private key
+    of OpenSSH.
+
     Raises UsageError when `run` is not a finished run, or one whose gates did not pass, when a graph is not there or keeps its
     weights in other files, when `to` cannot be written or is there and is no bundle, or the key cannot sign.
     """

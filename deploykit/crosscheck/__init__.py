@@ -94,9 +94,10 @@ def compare_two(
     """Compare what `a` and `b` name on the pictures in the folder `images`, else on golden samples or generated inputs.
 
     With `labelled` the folder's sub-folders are the classes. Judged are that all answers are numbers, that they are within the
-    limit of the two precisions (`measures.limit_for`) or `tolerance`, that they belong together (`kin`), `rules` of decisions,
-    and with `stressed` the inputs that break engines (`stress.kinds`). Plain JSON values.
+    limit of the two precisions or `tolerance` (of max|d| / max|A|), that they belong together, `rules` of decisions, and with
+    `stressed` the inputs that break engines. Plain JSON values: `gates`, `outputs`, `decisions`, `exit_code` 0, 3 or 5.
 
+    `a` and `b` are the words of the command line: the name of a network, a file, the folder of an artifact, a run or a bundle.
     Raises UsageError before anything runs: for what does not answer, for inputs that do not match, for rules that have nothing
     to be judged on, for pictures without a preprocessing.
     """

@@ -8,6 +8,7 @@ the forward pass for as many images as run at once.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,10 @@ def largest_tensor_bytes(module: nn.Module, shape: tuple[int, ...]) -> int:
         with torch.no_grad(), sizes:
             copied(torch.empty(shape, device="meta"))
     except Exception:  # a forward that looks at values, or holds tensors that are no parameters, cannot run on shapes alone
+        # `torch.cond` compiles what it is given, and torch 2.11 (2.14 does not) keeps what broke off in here: without this the
+        # network would never run again in this process.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         return 0
     return sizes.largest
 

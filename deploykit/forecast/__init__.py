@@ -48,7 +48,11 @@ def predict(
 ) -> Prediction:
     """The latency of a model on a target. Without `precision` it is the graph's own: INT8 with Q/DQ, otherwise FP32.
 
-    `measured` is a file of measurements on that very device; then the constants are fitted on them.
+    `model` is the name of a network, an ONNX file, or the folder of an artifact or a bundle; `size` is the height and width where
+    it leaves them open. `precision` is one of `fp32`, `tf32`, `fp16` and `int8`. `measured` is a file of measurements on that
+    very device; then the constants are fitted on them.
+
+    Raises UsageError for what cannot be read, ModelError for an unknown name.
     """
     network = network_of(model, size=size, precision=precision) if isinstance(model, str) else model
     wanted = arithmetic(precision or ("int8" if network.has_qdq else "fp32"), target)
@@ -67,7 +71,8 @@ def plan(
 ) -> list[Choice]:
     """What keeps the budget, best first: precisions and batches of a network, and of its smaller relatives at batch 1.
 
-    Every case is listed, also those that do not fit; an INT8 graph is only planned in INT8. `measured` is as for `predict`.
+    Every case is listed, also those that do not fit; an INT8 graph is only planned in INT8. `budget_ns` is for one query of a
+    batch. Arguments and errors are those of `predict`.
     """
     constants = None if measured is None else measurements.constants(measured, target)
     network = network_of(model, size=size)
@@ -120,7 +125,7 @@ def _smaller(model: str) -> Sequence[str]:
 def target_of(name: str | None, mode: str | None = None, measured: Path | None = None) -> Target:
     """A target by name or file, in a power mode: `local` is this machine, and without a name it is what `measured` is about.
 
-    Raises UsageError.
+    Raises UsageError for a target or a mode that there is not, and a file that is none.
     """
     if name is None:
         if measured is None:

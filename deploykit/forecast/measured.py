@@ -33,9 +33,15 @@ _PARTS_OF_A_LAYER = {item.name for item in fields(Layer)}
 
 
 def arithmetic(precision: str, target: Target) -> Arithmetic:
-    """What a precision means on a target: FP32 is TF32 where a GPU has it, which is TensorRT's default."""
-    found = "tf32" if precision == "fp32" and target.rate("tf32") > 0 else precision
-    return next(each for each in latency.PRECISIONS if each == found)
+    """What a precision means on a target: FP32 is TF32 where a GPU has it, which is TensorRT's default.
+
+    Raises UsageError for a word that is none.
+    """
+    wanted = "tf32" if precision == "fp32" and target.rate("tf32") > 0 else precision
+    for each in latency.PRECISIONS:
+        if each == wanted:
+            return each
+    raise UsageError(f"{printable(precision)!r} is no precision", why=f"there are {', '.join(latency.PRECISIONS)}")
 
 
 def constants(path: Path, target: Target) -> Constants:

@@ -47,7 +47,10 @@ def calibrate(
     """Observe every activation that any runtime's rules may quantize, in one pass, and write it into `folder`.
 
     `batches(n)` gives the `images` preprocessed calibration images as (n, C, H, W) arrays; `names` are what messages call
-    them. What is doubtful about them becomes `warnings` in the facts. Raises DataError when some hold NaN or infinite values.
+    them. What is doubtful about them becomes `warnings` in the facts.
+
+    Raises UsageError when `model` is no FP32 ONNX artifact in one file or has nothing to quantize, DataError when images hold
+    NaN or infinite values.
     """
     graph = float_graph(model).graph
     known = [entry.rules for entry in runtimes.REGISTRY.values() if entry.rules is not None]
@@ -92,7 +95,8 @@ def quantize(
     whose noise means nothing) weights are rounded to the nearest and nothing is searched. With a `stopwatch` layers also stay
     in float where that is faster on this machine: facts["candidates"] has what was weighed.
 
-    Raises StageError when a layer that the plan claims as int8 does not stand between Q/DQ in the written file.
+    Raises UsageError when `model` is no FP32 ONNX artifact in one file or `runtime` has no INT8, StageError when a layer that the
+    plan claims as int8 does not stand between Q/DQ in the written file.
     """
     some = None if images is None else images()
     calibrated = _calibrated(model, observations, settings, runtime, some, progress)

@@ -72,8 +72,9 @@ def equalize(
     `batches(n)` gives preprocessed images as (n, C, H, W) arrays, at most `IMAGES` of which are looked at; `names` are what
     messages call them. The result is FP32 like `model`, and the same file when nothing is worth it. Facts: `pairs` counts
     them, `equalized` describes those that were.
-    Raises DataError when images, and StageError when activations hold NaN or infinite values, and StageError when the
-    result does not answer like `model`.
+
+    Raises UsageError when `model` is no FP32 ONNX artifact in one file, DataError when images hold NaN or infinite values,
+    StageError when activations do or the result does not answer like `model`.
     """
     if model.format is not Format.ONNX or model.precision is not Precision.FP32:
         raise UsageError(f"only an FP32 ONNX artifact can be equalized, not {model.precision.value} {model.format.value}")

@@ -48,7 +48,9 @@ def to_fp16(
     """Write `model.onnx` typed in float16, and its golden samples, into `folder`.
 
     `float32`: names and patterns of nodes, or operators, that stay in float32 beside those of `STAY_FLOAT32`. What is in
-    INT8 stays so. `batches(n)` gives `images` calibration images as (n, C, H, W) arrays. Raises UsageError when one of the names
+    INT8 stays so. `batches(n)` gives `images` calibration images as (n, C, H, W) arrays.
+
+    Raises UsageError when one of the names
     fits no node, and StageError, naming them, when weights or scales are beyond float16's 65,504, or activations are on the
     golden samples or the calibration images. Those of an INT8 graph are those of the float graph that it was made of, unless
     that one was equalized first.

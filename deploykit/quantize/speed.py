@@ -32,8 +32,8 @@ _DEFAULT_NS = 0.2  # for each element, where an engine has no such conversion to
 class Stopwatch:
     """How times are taken, given by whoever may build engines.
 
-    profile(model): the kernels of an engine built from that graph, None where the runtime does not tell; race(models): the
-    engines of several graphs against each other.
+    `profile(model)` gives the kernels of an engine built from that graph; it is None where the runtime does not tell.
+    `race(models)` measures the engines of several graphs, by name, against each other.
     """
 
     profile: Callable[[Artifact], Sequence[KernelTime]] | None

@@ -77,10 +77,10 @@ class Realised:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """How long one kernel of an engine takes: the median over several runs.
+    """How long one kernel of an engine takes, in nanoseconds: the median over several runs.
 
-    source: the node of the exported graph that it computes; empty for what the runtime put between the nodes.
-    elements: how many numbers it writes.
+    `source` is the node of the exported graph that it computes; empty for what the runtime put between the nodes.
+    `elements` is how many numbers it writes.
     """
 
     name: str
@@ -91,7 +91,7 @@ class KernelTime:
 
 
 class Runtime(Protocol):
-    """A module satisfies this."""
+    """What drives one library. A module satisfies this: its functions are these."""
 
     def build(self, model: Artifact, folder: Path, *, threads: int) -> Artifact:
         """Write an engine for this machine into `folder`; `threads` 0 means the cores this process may use."""
@@ -124,19 +124,19 @@ class TellingRuntime(Protocol):
 class QdqRules:
     """How a runtime wants Q/DQ placed so that it fuses them into int8 kernels.
 
-    activations: "uint8" is affine (zero point anywhere), "affine int8" is the same less 128, "int8" is symmetric (zero point 0,
-    always explicit).
-    bias: "int32" is quantized with scale = activation scale * weight scale; "float" stays as it is.
-    weights: "int8" stores integers behind a DequantizeLinear; "float" keeps them in front of Q and DQ.
-    outputs: whether a layer's own output needs Q/DQ, or only the inputs of the layers that read it.
-    add: which inputs of a residual Add are quantized.
-    float_results: whether an int8 Conv may give floats, so that where nothing reads integers its output needs no Q/DQ.
-    share_concat_scale: whether all inputs of a Concat and its output have one scale, so that it only copies.
-    gates: whether a map is multiplied by its gate, as in squeeze-and-excite, on integers.
-    weight_bits: 8, or 7 where the CPU adds two products of uint8 and int8 into 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127
-    saturates. Depthwise convolutions have 8 everywhere: their kernels widen first and saturate nowhere.
-    group_channels: a grouped convolution with fewer output channels in a group is written with several groups in one, zeros
-    between them, until it has so many: the same integers from an integer product that computes so many columns at once.
+    - `activations`: "uint8" is affine (zero point anywhere), "affine int8" is the same less 128, "int8" is symmetric (zero point
+      0, always explicit).
+    - `bias`: "int32" is quantized with scale = activation scale * weight scale; "float" stays as it is.
+    - `weights`: "int8" stores integers behind a DequantizeLinear; "float" keeps them in front of Q and DQ.
+    - `outputs`: whether a layer's own output needs Q/DQ, or only the inputs of the layers that read it.
+    - `add`: which inputs of a residual Add are quantized.
+    - `share_concat_scale`: whether all inputs of a Concat and its output have one scale, so that it only copies.
+    - `gates`: whether a map is multiplied by its gate, as in squeeze-and-excite, on integers.
+    - `float_results`: whether an int8 Conv may give floats, so that where nothing reads integers its output needs no Q/DQ.
+    - `weight_bits`: 8, or 7 where the CPU adds two products of uint8 and int8 into 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127
+      saturates. Depthwise convolutions have 8 everywhere: their kernels widen first and saturate nowhere.
+    - `group_channels`: a grouped convolution with fewer output channels in a group is written with several groups in one, zeros
+      between them, until it has so many: the same integers from an integer product that computes so many columns at once.
     """
 
     activations: Literal["uint8", "affine int8", "int8"]
@@ -267,7 +267,7 @@ def rules(name: str, cpu: Cpu = "this", *, arch: str | None = None, features: It
 
 
 def get(name: str) -> Runtime:
-    """Import a runtime's module. Raises CapabilityError (exit 4) with what to install when its library is missing."""
+    """The module of a runtime in `REGISTRY`, imported. Raises CapabilityError with what to install where its library is not."""
     entry = REGISTRY[name]
     try:
         return cast(Runtime, importlib.import_module(entry.module))
@@ -353,7 +353,7 @@ def place(name: str) -> JSON:
 
 
 def run(session: Session, inputs: Tensors) -> Tensors:
-    """Feed, execute, fetch."""
+    """Feed, execute, fetch: arrays by name in, copies of the answers by name out. Raises what `Session.feed` raises."""
     session.feed(inputs)
     session.execute()
     return session.fetch()

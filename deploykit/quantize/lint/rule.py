@@ -17,7 +17,7 @@ Severity = Literal["refused", "wrong", "slow", "note"]
 class Finding:
     """One rule that one node breaks.
 
-    severity: "refused" by the parser or builder; "wrong": accepted, and other numbers come out; "slow": not in int8, or
+    `severity` is "refused", by the parser or builder; "wrong": accepted, and other numbers come out; "slow": not in int8, or
     with extra reformats; "note": worth knowing. `what` is what was seen, `cost` what it leads to, `fix` what to do.
     """
 
