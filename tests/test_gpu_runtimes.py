@@ -217,8 +217,10 @@ class TestOnnxRuntime:
         other.start()
         other.join()
 
-        assert world.ran == ["1", "-1"]
         assert np.array_equal(session.fetch()["logits"], wanted)
+        session.execute()
+        assert world.ran == ["1", "-1", "1"]
+        assert session.graph_refused == ""
 
     def test_what_is_put_on_the_device_is_there_when_feed_returns_and_over_when_execute_does(self, opened):
         session, world = opened()
