@@ -1,7 +1,7 @@
 """The tests with every Python and PyTorch that deploykit is for.
 
-One of them: nox -s "tests(python='3.11', torch='2.11')" -- tests/test_export.py. `nox --list` names all, `nox -s tests` runs all: each
-has an environment of its own, of 5.4 GB with torch.
+One of them: nox -s "tests(python='3.11', torch='2.11')" -- tests/test_export.py. `nox --list` names all, `nox -s tests` runs all.
+Each has an environment of its own, of 5.4 GB with torch.
 """
 
 from __future__ import annotations
