@@ -277,16 +277,6 @@ def collect_garbage(root: Path) -> list[str]:
     return removed
 
 
-@contextmanager
-def in_use(root: Path, id: str) -> Iterator[None]:
-    """While this is held, garbage collection leaves the release alone; the kernel lets go when the process ends."""
-    descriptor = hold(root, id)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def hold(root: Path, id: str) -> int:
     """An open descriptor that keeps the release from being collected until it is closed.
 

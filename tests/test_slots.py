@@ -292,8 +292,9 @@ class TestGarbage:
         (tmp_path / "engines" / C).mkdir(parents=True)
         slots.write_health(tmp_path, "d" * 64, Health())
 
-        with slots.in_use(tmp_path, C):
-            assert slots.collect_garbage(tmp_path) == ["d" * 64]
+        held = slots.hold(tmp_path, C)
+        assert slots.collect_garbage(tmp_path) == ["d" * 64]
+        os.close(held)
         assert slots.collect_garbage(tmp_path) == [C]
 
         assert sorted(path.name for path in (tmp_path / "releases").iterdir()) == [A, B]
@@ -320,8 +321,8 @@ class TestGarbage:
             slots.collect_garbage(tmp_path)
 
     def test_a_release_that_is_gone_cannot_be_held(self, tmp_path):
-        with pytest.raises(UsageError, match="has no release"), slots.in_use(tmp_path, A):
-            pass
+        with pytest.raises(UsageError, match="has no release"):
+            slots.hold(tmp_path, A)
 
 
 class TestState:

@@ -19,7 +19,7 @@ from deploykit.errors import StageError, UsageError, printable
 if TYPE_CHECKING:
     from deploykit.deploy import Deployed
     from deploykit.device import Device
-    from deploykit.fleet import Fleet, RollOut
+    from deploykit.fleet import RollOut
     from deploykit.remote import Connection
 
 _target = click.argument("target", required=False)
@@ -82,7 +82,7 @@ def deploy_command(
     if fleet_file is not None:
         devices = fleet.read(fleet_file, how, ssh_config=ssh_config)
         folder = output or Path(f"{bundle.name.removesuffix('.bundle')}-rollout")
-        with _table(devices) as show:
+        with _table() as show:
             rolled = fleet.roll_out(bundle, devices, folder, owner=owner(), signers=signers, show=show)
         click.echo(json.dumps(rolled.facts, indent=1) if as_json else _told_of(rolled, folder))
         return rolled.code
@@ -359,7 +359,7 @@ def _transfer() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _table(devices: Fleet) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _table() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A table of the fleet that changes while it is rolled out; nothing when nobody watches."""
     import sys
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from deploykit.recipe import PreprocessTable
 
-DEPTHS = (20, 32, 44, 56, 110)
 # No resizing: the data set's pictures have the input's size. Mean and std are ImageNet's, as the published weights had.
 PREPROCESS = PreprocessTable(
     crop=32, fit="crop", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), channels="RGB", interpolation="bilinear"

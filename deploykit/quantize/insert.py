@@ -108,7 +108,7 @@ def _quantize_weights(graph: ir.Graph, node: ir.Node, rules: QdqRules, input_sca
         integers = _with_wider_groups(node, integers, rules.group_channels)
     node.replace_input_with(1, _weight_pair(graph, node, weight.name, integers, scale, rules))
     if bias is not None and bias_values is not None and rules.bias == "int32":
-        node.replace_input_with(2, _bias_dequantized(graph, node, bias.name or "", bias_values, scale * np.float32(input_scale)))
+        node.replace_input_with(2, _bias_dequantized(graph, node, bias_values, scale * np.float32(input_scale)))
     for value in (weight, bias):
         if value is not None and value.name is not None and value.is_initializer() and not value.uses():
             del graph.initializers[value.name]
@@ -184,9 +184,7 @@ def _weight_pair(
     return nodes[-1].outputs[0]
 
 
-def _bias_dequantized(
-    graph: ir.Graph, node: ir.Node, name: str, values: NDArray[np.float32], scale: NDArray[np.float32]
-) -> ir.Value:
+def _bias_dequantized(graph: ir.Graph, node: ir.Node, values: NDArray[np.float32], scale: NDArray[np.float32]) -> ir.Value:
     label = f"{node.name}/bias"
     integers = np.rint(values.astype(np.float64) / scale).astype(np.int32)
     inputs = [

@@ -54,27 +54,26 @@ def of(target: Target) -> list[Release]:
 class Abilities:
     """What a TensorRT does with graphs whose precision is in the graph.
 
-    opset: the newest it reads. strongly_typed: whether it takes precision from the graph, which our engines need. half_scales:
-    whether Q/DQ may have FP16 scales. dla: what of it runs on DLA cores.
+    opset: the newest it reads. strongly_typed: whether it takes precision from the graph, which our engines need. dla:
+    what of it runs on DLA cores.
     """
 
     since: tuple[int, ...]
     opset: int
     strongly_typed: bool
-    half_scales: bool
     dla: Literal["none", "fp16", "fp16 and int8"]
 
 
 # Newest first. Opsets: onnx-tensorrt docs/operators.md at each release. DLA: "Strongly Typed Networks for DLA" and "Working with
 # DLA" of 11.3 and 11.4.1: 10.7 was the last with it, 11.4.1 has it again, on AGX Orin with JetPack 7.2.2, and with Q/DQ.
 _ABILITIES = (
-    Abilities((11, 4, 1), 24, True, True, "fp16 and int8"),
-    Abilities((10, 13), 24, True, True, "none"),
-    Abilities((10, 9), 22, True, True, "none"),
-    Abilities((10, 8), 20, True, True, "none"),
-    Abilities((10, 3), 20, True, True, "fp16"),
-    Abilities((8, 5), 17, False, False, "fp16 and int8"),
-    Abilities((0,), 13, False, False, "fp16 and int8"),
+    Abilities((11, 4, 1), 24, True, "fp16 and int8"),
+    Abilities((10, 13), 24, True, "none"),
+    Abilities((10, 9), 22, True, "none"),
+    Abilities((10, 8), 20, True, "none"),
+    Abilities((10, 3), 20, True, "fp16"),
+    Abilities((8, 5), 17, False, "fp16 and int8"),
+    Abilities((0,), 13, False, "fp16 and int8"),
 )
 
 
