@@ -294,4 +294,7 @@ def test_half_precision_is_refused(network, tmp_path, deploykit):
     outcome = deploykit("export", network, "--to", "tensorrt", "--to", "openvino", "--fp16", "--output", tmp_path / "out")
 
     assert outcome.code == 2
-    assert "--fp16 --to openvino: its engines here compute in float32 whatever the graph holds" in outcome.err
+    assert (
+        'build.float_type = "fp16" (--fp16) with build.runtimes "openvino", which has fp32: its engines here compute in float32'
+        in outcome.err
+    )
