@@ -77,6 +77,13 @@ class Deployed:
     answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def trial_s(self) -> float | None:
+        """How many seconds there are, or were left, to confirm the release; None when it is not on trial."""
+        said = self.answers.get("activate", {})
+        found = said.get("confirm_within_s") if said.get("activated") else (said.get("trial") or {}).get("seconds_left")
+        return None if found is None else float(found)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {**{key: value for key, value in vars(self).items() if key != "answers"}, "answers": dict(self.answers)}
@@ -150,39 +157,52 @@ def deploy(
 
 
 def await_confirmation(
-    connect: Callable[[], Connection], root: str, id: str, how: How, *, pause: Callable[[float], None] = time.sleep
+    connect: Callable[[], Connection], done: Deployed, how: How, *, pause: Callable[[float], None] = time.sleep
 ) -> None:
-    """Wait until a release that was activated on trial is confirmed, by its application or by `deploykit device confirm`.
+    """Wait until a release that is on trial is confirmed, by its application or by `deploykit device confirm`.
 
-    A device that cannot be reached is asked again as long as its time lasts: it may be starting again, which ends the trial.
-    Raises StageError when it went back, or when its time is over and nobody has confirmed.
+    A device that cannot be reached, or gives no answer, is asked again as long as its time lasts: it may be starting again, which
+    ends the trial. Raises StageError when another release runs there, or when its time is over and nobody has confirmed.
     """
-    assert how.confirm_within_s is not None
-    until = time.monotonic() + how.confirm_within_s + _GRACE_S
-    rest = min(max(how.confirm_within_s / _LOOKS, _LOOK_S[0]), _LOOK_S[1])
-    failed = f"the release {id} was not confirmed within {how.confirm_within_s:g} s"
+    if done.trial_s is None:
+        return
+    until = time.monotonic() + done.trial_s + _GRACE_S
+    rest = min(max(done.trial_s / _LOOKS, _LOOK_S[0]), _LOOK_S[1])
+    what = f"{done.device}: the release {done.id} was not confirmed within {done.trial_s:g} s"
     while True:
-        why = ""
         try:
-            connection = connect()
-            try:
-                device = Device(connection, root, python=how.python)
-                said = device.ask("status")
-            finally:
-                connection.close()
-        except LineError as error:
-            why = f"it cannot be reached: {error}"
+            said = _status(connect, done.root, how.python)
+        except DeploykitError as error:  # also a name that is not known while the board is away, and a command that was cut off
+            what_now = f"{done.device}: whether the release {done.id} was confirmed is not known"
+            why, fix = f"it gives no answer: {error.what}", "look at it with deploykit status; the same command goes on with it"
         else:
-            if said["current"] != id:
-                raise StageError(f"{device.name}: {failed}", why=f"it went back to {said['current']}")
+            if said["current"] != done.id:
+                raise StageError(
+                    what,
+                    why=f"{said['current']} runs there now: it went back, or somebody deployed another release",
+                    fix="find out why the application did not confirm, and deploy a release that it does",
+                )
             if said["trial"] is None:
                 return
             if said["trial"]["seconds_left"] <= 0 and said["previous"] is None:
-                raise StageError(f"{device.name}: {failed}", why="it still runs: there is no release to go back to")
-            why = "it still runs: nothing there looks after it, see `deploykit-device watch`"
+                raise StageError(
+                    what,
+                    why="it still runs: there is no release to go back to",
+                    fix="deploykit device confirm, if it runs well, and the same command again",
+                )
+            what_now, why = what, "it still runs: nothing there looks after it"
+            fix = "deploykit rollback, and run there now and then what `deploy` says of a watchdog"
         if time.monotonic() > until:
-            raise StageError(failed, why=why)
+            raise StageError(what_now, why=why, fix=fix)
         pause(rest)
+
+
+def _status(connect: Callable[[], Connection], root: str, python: str) -> dict[str, Any]:
+    connection = connect()
+    try:
+        return Device(connection, root, python=python).ask("status")
+    finally:
+        connection.close()
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,10 @@ class _Steps:
                 answers["receive"] = self._bring()
                 answers["install"] = self._ask("install-received", self._id, *self._downgrade())
             device.half = f"releases/{self._id}"
+            if is_same and self._how.confirm_within_s is not None and (trial := self._trial()) is not None:
+                # It runs, and its application is deciding: a benchmark would disturb that, and keep `confirm` waiting.
+                answers["activate"] = {"id": self._id, "activated": False, "trial": trial}
+                return "activate", _DONE, answers
             for stage, words, silence_s in self._stages():
                 held.require()
                 self._progress(stage, 0, 1)
@@ -243,6 +267,11 @@ class _Steps:
                 if answers[stage]["exit_code"]:
                     return stage, answers[stage]["exit_code"], answers
         return "activate", _DONE, answers
+
+    def _trial(self) -> dict[str, Any] | None:
+        """The trial that this very release is on, as the device tells it."""
+        found: dict[str, Any] | None = self._ask("status").get("trial")
+        return found if found is not None and found.get("id") == self._id else None
 
     def _bootstrap(self) -> dict[str, Any]:
         blob = self._opened.manifest.portable.get(DEVICE_HALF)

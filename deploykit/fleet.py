@@ -177,7 +177,7 @@ def roll_out(
         return deploy.deploy(path, lambda: member.connect(fleet.ssh_config), member.how, owner=owner, signers=signers)
 
     def until_confirmed(member: Member, done: Deployed) -> None:
-        deploy.await_confirmation(lambda: member.connect(fleet.ssh_config), done.root, done.id, member.how)
+        deploy.await_confirmation(lambda: member.connect(fleet.ssh_config), done, member.how)
 
     with publish.lock(folder):
         rows = _resumed(folder / STATE, manifest, fleet)
@@ -261,20 +261,22 @@ class _Rolling:
 
     def _one(self, member: Member) -> None:
         began = time.monotonic()
+        facts: dict[str, Any] = {}
         try:
             done = self._deploy(member)
-            is_on_trial = member.how.confirm_within_s is not None and not done.code
+            facts = {**done.facts, "answers": {}}
+            is_on_trial = not done.code and done.trial_s is not None
             if is_on_trial:
-                self._said.put((member.name, Row(member.group, Outcome.RUNNING, "on trial", 0, done.seconds)))
+                self._said.put((member.name, Row(member.group, Outcome.RUNNING, "on trial", 0, done.seconds, facts)))
                 self._confirm(member, done)
             outcome = Outcome.FAILED if done.code else Outcome.DONE
             runs = f"runs {done.id[:12]}, {done.sent_bytes:,} bytes sent" + ", confirmed" * is_on_trial
-            text = f"did not pass {done.stage}" if done.code else runs
-            row = Row(member.group, outcome, text, done.code, done.seconds, {**done.facts, "answers": {}})
+            text, code = (f"did not pass {done.stage}", done.code) if done.code else (runs, 0)
         except DeploykitError as error:
-            row = Row(member.group, Outcome.FAILED, str(error), error.exit_code, time.monotonic() - began)
+            outcome, text, code = Outcome.FAILED, str(error), error.exit_code
         except BaseException as error:
-            row = Row(member.group, Outcome.FAILED, f"{type(error).__name__}: {error}", 1, time.monotonic() - began)
+            outcome, text, code = Outcome.FAILED, f"{type(error).__name__}: {error}", 1
+        row = Row(member.group, outcome, text, code, time.monotonic() - began, facts)
         self._said.put((member.name, row))
 
     def _keep(self, name: str, row: Row) -> None:

@@ -153,9 +153,14 @@ def previous(root: Path) -> str | None:
     return _target(root / PREVIOUS)
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is the identity of a release: 64 hex digits."""
+    return _ID.fullmatch(text) is not None
+
+
 def release_folder(root: Path, id: str) -> Path:
     """Where the files of a release lie. Raises UsageError for what is no identity: it becomes part of a path."""
-    if not _ID.fullmatch(id):
+    if not is_id(id):
         raise UsageError(f"{printable(id)[:80]!r} is no identity of a bundle", why="one has 64 hexadecimal digits")
     return root / RELEASES / id
 

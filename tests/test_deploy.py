@@ -131,7 +131,7 @@ class TestATrial:
             pauses.append(seconds)
             assert len(pauses) < 5
 
-        deploy.await_confirmation(connection, done.root, done.id, replace(how, confirm_within_s=300.0), pause=pause)
+        deploy.await_confirmation(connection, done, how, pause=pause)
         return pauses
 
     def test_is_over_when_the_application_confirms(self, on_trial, how, root):
@@ -142,18 +142,44 @@ class TestATrial:
     def test_has_failed_when_the_device_went_back(self, on_trial, how, root, bundles):
         there = Device(Local(), str(root), python=sys.executable)
 
-        with pytest.raises(StageError, match=rf"not confirmed within 300 s(.|\n)*went back to {manifest_of(bundles['adds']).id}"):
+        with pytest.raises(StageError, match=rf"not confirmed within 300 s(.|\n)*{manifest_of(bundles['adds']).id} runs there"):
             self.wait(on_trial, how, meanwhile=lambda: there.ask("rollback"))
 
-    def test_a_device_that_cannot_be_reached_is_asked_again(self, on_trial, how, root):
+    @pytest.mark.parametrize("error", [LineError("no route to host"), UsageError("could not resolve hostname"),
+                                       DeploykitError("gave no answer that can be read")], ids=str)  # fmt: skip
+    def test_a_device_that_cannot_be_reached_is_asked_again(self, on_trial, how, root, error):
         there, cuts = Device(Local(), str(root), python=sys.executable), iter([True, False])
 
         def connection() -> Local:
             if next(cuts):
-                raise LineError("no route to host")
+                raise error
             return Local()
 
         assert self.wait(on_trial, how, meanwhile=lambda: there.ask("confirm"), connection=connection) == [10.0]
+
+    def test_whose_end_nobody_can_see_is_not_called_unconfirmed(self, on_trial, how, monkeypatch):
+        monkeypatch.setattr(deploy, "_GRACE_S", -300.0)
+
+        def away() -> Local:
+            raise LineError("no route to host")
+
+        with pytest.raises(StageError, match=r"confirmed is not known(.|\n)*no route to host"):
+            self.wait(on_trial, how, meanwhile=lambda: None, connection=away)
+
+    def test_is_left_alone_by_the_same_command_which_then_goes_on_waiting(self, on_trial, bundles, how, monkeypatch):
+        monkeypatch.setattr(deploy._Steps, "_stages", lambda self: pytest.fail("the device was asked to prove it again"))
+
+        again = to_local(bundles["multiplies"], replace(how, confirm_within_s=300.0))
+
+        assert (again.code, again.activated) == (0, False)
+        assert again.trial_s is not None
+        assert 0 < again.trial_s <= 300.0
+
+    def test_is_told_by_a_deployment_that_asked_for_none(self, on_trial, bundles, how):
+        again = to_local(bundles["multiplies"], how)
+
+        assert (again.activated, again.trial_s is None) == (False, False)
+        assert to_local(bundles["adds"], replace(how, root=f"{how.root}-other")).trial_s is None
 
     def test_that_nobody_ends_is_a_failure_when_its_time_is_over(self, on_trial, how, monkeypatch):
         monkeypatch.setattr(deploy, "_GRACE_S", -300.0)
@@ -176,6 +202,7 @@ class TestATrial:
         first, second = deploykit(*words, on_trial.id), deploykit(*words)
 
         assert (other.code, "is not on trial" in other.out) == (2, True)
+        assert deploykit(*words, "ssh://jetson").code == 2
         assert (first.code, first.out.strip()) == (0, f"here: keeps {on_trial.id[:12]}")
         assert (second.code, second.out.strip()) == (1, "here: nothing is on trial")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,9 +31,8 @@ def of(count: int, *, canary: float = 0.0, parallel: int = 3, stop_after: int = 
     return Fleet(tuple(members), {f"g{number}": canary for number in range(groups)}, parallel, stop_after)
 
 
-def on_trial(planned: Fleet) -> Fleet:
-    members = tuple(replace(member, how=How(confirm_within_s=30.0)) for member in planned.members)
-    return replace(planned, members=members)
+ON_TRIAL = {"activate": {"activated": True, "confirm_within_s": 30.0}}
+STILL_ON_TRIAL = {"activate": {"activated": False, "trial": {"id": "a" * 64, "seconds_left": 12.0}}}
 
 
 def done(member: Member, **more: Any) -> Deployed:
@@ -52,10 +50,10 @@ def done(member: Member, **more: Any) -> Deployed:
 
 
 class Devices:
-    """Devices that count who is deployed to, and fail as told."""
+    """Devices that count who is deployed to, fail as told, and answer alike."""
 
-    def __init__(self, failing: Callable[[str], bool] = lambda name: False) -> None:
-        self.failing, self.asked, self.most, self._now = failing, [], 0, 0
+    def __init__(self, failing: Callable[[str], bool] = lambda name: False, answers: Mapping[str, Any] | None = None) -> None:
+        self.failing, self.asked, self.most, self._now, self._answers = failing, [], 0, 0, answers or {}
         self._lock = threading.Lock()
 
     def __call__(self, member: Member) -> Deployed:
@@ -66,7 +64,7 @@ class Devices:
         try:
             if self.failing(member.name):
                 raise LineError(f"{member.name} is not there")
-            return done(member)
+            return done(member, answers=self._answers)
         finally:
             with self._lock:
                 self._now -= 1
@@ -141,7 +139,7 @@ class TestARollOut:
         assert again.asked == ["d1", "d2"]
 
     def test_with_releases_on_trial_starts_the_others_when_the_canary_is_confirmed(self, bundles, tmp_path):
-        devices, confirmed, rows = Devices(), [], []
+        devices, confirmed, rows = Devices(answers=ON_TRIAL), [], []
 
         def confirm(member: Member, deployed: Deployed) -> None:
             assert set(devices.asked) <= {"d0"} or "d0" in confirmed
@@ -149,7 +147,7 @@ class TestARollOut:
 
         rolled = fleet.roll_out(
             bundles[0],
-            on_trial(of(4, canary=0.25)),
+            of(4, canary=0.25),
             tmp_path,
             owner="me",
             deploy_one=devices,
@@ -161,18 +159,18 @@ class TestARollOut:
         assert rolled.counts == {"done": 4}
         assert list(dict.fromkeys(rows)) == ["deploying", "on trial", f"runs {'a' * 12}, 5 bytes sent, confirmed"]
 
-    def test_stops_at_a_canary_that_went_back(self, bundles, tmp_path):
-        devices = Devices()
+    @pytest.mark.parametrize("answers", [ON_TRIAL, STILL_ON_TRIAL], ids=["put on trial", "found on trial"])
+    def test_stops_at_a_canary_that_went_back(self, bundles, tmp_path, answers):
+        devices = Devices(answers=answers)
 
         def confirm(member: Member, deployed: Deployed) -> None:
             raise StageError("not confirmed within 30 s", why="it went back")
 
-        rolled = fleet.roll_out(
-            bundles[0], on_trial(of(4, canary=0.25)), tmp_path, owner="me", deploy_one=devices, confirm_one=confirm
-        )
+        rolled = fleet.roll_out(bundles[0], of(4, canary=0.25), tmp_path, owner="me", deploy_one=devices, confirm_one=confirm)
 
         assert (devices.asked, rolled.why_stopped, rolled.code) == (["d0"], "stopped: the canary d0 failed", 1)
         assert "it went back" in rolled.rows["d0"].text
+        assert rolled.rows["d0"].facts["sent_bytes"] == 5
 
     def test_waits_for_no_trial_where_a_gate_said_no_or_none_was_asked_for(self, bundles, tmp_path):
         def never(member: Member, deployed: Deployed) -> None:
@@ -180,10 +178,10 @@ class TestARollOut:
 
         refused = fleet.roll_out(
             bundles[0],
-            on_trial(of(1)),
+            of(1),
             tmp_path / "refused",
             owner="me",
-            deploy_one=lambda member: done(member, code=3, stage="parity"),
+            deploy_one=lambda member: done(member, code=3, stage="parity", answers=ON_TRIAL),
             confirm_one=never,
         )
         plain = fleet.roll_out(bundles[0], of(1), tmp_path / "plain", owner="me", deploy_one=Devices(), confirm_one=never)

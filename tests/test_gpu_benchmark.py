@@ -13,6 +13,7 @@ import fake_onnxruntime
 import fake_torch_cuda
 import pytest
 import timings
+import torch
 
 from deploykit import runtimes
 
@@ -50,6 +51,7 @@ def gpu(monkeypatch) -> Any:
     del sys.modules["gpu"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without an NVIDIA GPU")
 def test_without_a_gpu_it_ends_with_4_and_one_sentence():
     done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, check=False)
 

@@ -158,7 +158,7 @@ def activate(asked: argparse.Namespace) -> Answer:
         slots.recover(root, Moment.now())
         manifest, before = _check_release(root, id), slots.current(root)
         if before == id and engines.is_running(root, id, asked.engine):
-            return Answer({"id": id, "activated": False})
+            return Answer({"id": id, "activated": False, "trial": slots.status(root, Moment.now())["trial"]})
         _refuse_other(root, manifest, asked.allow_downgrade)
         slots.refuse_during_trial(root, id)
         publish.require_space(root, 0)

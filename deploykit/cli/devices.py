@@ -204,6 +204,12 @@ def confirm_command(
     """
     if fleet_file is not None and id is None:
         target, id = None, target  # the one word that is there
+    from deploykit.slots import is_id
+
+    if id is not None and not is_id(id):
+        raise UsageError(
+            f"{printable(id)!r} is no identity of a release", fix="64 hex digits, as `deploykit status --json` has them"
+        )
     return _ask_all(
         target,
         root,

@@ -169,11 +169,11 @@ class OnnxCudaSession:
     def _buffers(self, shapes: Mapping[str, tuple[int, ...]]) -> _Buffers:
         """Those for inputs of these shapes: kept ones where there are some, since a graph is tied to their addresses."""
         key = tuple(shapes.values())
-        if key in self._known:
-            return self._known[key]
         if self._now is not None and self._now not in self._known.values():
             self._now.memory.close()
             self._now = None
+        if key in self._known:
+            return self._known[key]
         # ONNX Runtime keeps the outputs that it allocated in the binding, and refuses them for others: a new one each time.
         is_kept = not self._is_open and len(self._known) < _MOST_GRAPHS
         made = self._taken(shapes, str(len(self._known) + 1) if is_kept and not self.graph_refused else _NO_GRAPH)

@@ -7,10 +7,11 @@ run on a GPU: docs/runtimes.md says what was checked, and how.
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ _LAYERS = {
 # TorchScript records types in the first run of a shape and compiles in the second; cuDNN searches its algorithms in both. Neither
 # may happen while a graph is captured (PyTorch, "CUDA semantics": warm up on a side stream).
 _WARM_UP = 3
+# PyTorch's flags belong to the process, and sessions may run in several threads.
+_SETTINGS = threading.Lock()
 _MOST_SHAPES = 8  # whose buffers and graphs are kept
 
 
@@ -153,7 +156,7 @@ class TorchCudaSession:
         """Run once; the GPU is idle when this returns. Raises StageError with torch's words when the program fails."""
         place = self._fed()
         try:
-            with exactly(tf32=self._tf32):
+            with self._exactly(place):
                 if not place.is_settled:
                     self._settle(place)
                 self._start(place)
@@ -175,12 +178,13 @@ class TorchCudaSession:
         return {spec.name: np.array(host.numpy()) for spec, host in zip(self._outputs, hosts, strict=True)}
 
     def gpu_times(self, queries: int) -> list[int]:
-        """Nanoseconds on the GPU, by CUDA events, of each of so many executes of what was fed: without copies, and without the
-        time that the host takes to launch, since the GPU is still at work on one more when it comes to the first event."""
+        """Nanoseconds on the GPU, by CUDA events, of each of so many executes of what was fed: without copies, and with a
+        captured graph without the time that the host takes to launch, since the GPU is still at work on one more when it comes to
+        the first event; without one, a network of small kernels may have the host's launches in it."""
         self.execute()
         place, found = self._fed(), []
         start, end = self._gpu.event(), self._gpu.event()
-        with exactly(tf32=self._tf32):
+        with self._exactly(place):
             for _ in range(queries):
                 self._start(place)
                 self._gpu.record(start)
@@ -223,6 +227,10 @@ class TorchCudaSession:
             answer = self._module(*given)
             answers = list(answer) if isinstance(answer, (tuple, list)) else [answer]
             place.answers = [one.float() if one.is_floating_point() else one for one in answers]
+
+    def _exactly(self, place: _Place) -> AbstractContextManager[None]:
+        """The process's settings while the program runs; a captured graph has its kernels, and asks for none."""
+        return nullcontext() if place.graph is not None else exactly(tf32=self._tf32)
 
     def _start(self, place: _Place) -> None:
         self._gpu.put(place.graph.replay if place.graph is not None else lambda: self._run(place))
@@ -357,7 +365,12 @@ def _write(model: Artifact, path: Path) -> None:
 @contextmanager
 def exactly(*, tf32: bool) -> Iterator[None]:
     """TF32 for products and convolutions as the engine says, and cuDNN's fastest algorithm as ONNX Runtime searches it, for this
-    block alone: they are settings of the whole process."""
+    block alone: they are settings of the whole process, so of several threads one after the other is in such a block."""
+    with _SETTINGS:
+        yield from _set(tf32=tf32)
+
+
+def _set(*, tf32: bool) -> Iterator[None]:
     backends: Any = torch.backends
     wanted = "tf32" if tf32 else "ieee"
     # Recurrent layers too: PyTorch refuses to read `allow_tf32` while these two of cuDNN differ.

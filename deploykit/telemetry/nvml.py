@@ -62,14 +62,15 @@ class Recorder:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=place
         )
         assert self._child.stdout is not None
+        limit = self._limit()
         self._child.stdout.readline()  # ready, or why not: its start belongs before the window
+        limit.cancel()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        limit = threading.Timer(_PATIENCE_S, self._child.kill)  # a driver may hang
-        limit.start()
+        limit = self._limit()
         # Not communicate, which passes over what the first readline has read ahead.
         with self._child.stdin, self._child.stdout as answer:
             with suppress(BrokenPipeError):
@@ -81,6 +82,12 @@ class Recorder:
             self.seen = judged(json.loads(told))
         except (ValueError, KeyError, TypeError):
             self.seen = Seen(unseen="what asks NVIDIA's management library said nothing")
+
+    def _limit(self) -> threading.Timer:
+        """The end of the child's time to answer: a driver may hang."""
+        limit = threading.Timer(_PATIENCE_S, self._child.kill)
+        limit.start()
+        return limit
 
 
 def judged(told: Mapping[str, Any]) -> Seen:

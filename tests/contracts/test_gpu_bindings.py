@@ -108,10 +108,17 @@ def test_methods_of_what_it_gives_take_these_arguments(member, given, named):
     inspect.signature(member).bind("self", *given, **named)
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without an NVIDIA GPU")
+
+
 def test_the_names_of_nvml_are_those_of_the_library():
     for name in nvml._REASONS:
         assert isinstance(getattr(pynvml, name), int)
     assert issubclass(pynvml.NVMLError, Exception)
+
+
+@NO_GPU
+def test_nvml_without_a_driver_raises_its_own_error():
     with pytest.raises(pynvml.NVMLError_LibraryNotFound):
         pynvml.nvmlInit()
 
@@ -122,6 +129,7 @@ def test_a_cards_properties_have_these_names():
     assert {"name", "major", "minor", "multi_processor_count"} <= set(dir(properties))
 
 
+@NO_GPU
 def test_pinned_memory_is_asked_for_as_torch_wants_it():
     with pytest.raises(RuntimeError, match="NVIDIA driver"):  # and no TypeError for a keyword that it does not know
         torch.empty((2,), dtype=torch.float32, pin_memory=True)
@@ -136,6 +144,12 @@ def test_tf32_is_switched_where_torch_looks_for_it():
         kind.fp32_precision = before
 
 
+AZURE = pytest.mark.skipif(
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="wants ONNX Runtime's provider without kernels, which its packages for CPUs have",
+)
+
+
 class TestOnnxRuntimesOwnWords:
     """`session.disable_cpu_ep_fallback` acts for every provider, so it is heard without CUDA, by one that has no kernels."""
 
@@ -148,6 +162,7 @@ class TestOnnxRuntimesOwnWords:
             content, options, providers=list(providers), provider_options=[{}] * len(providers), enable_fallback=False
         )
 
+    @AZURE
     def test_a_node_that_would_run_on_the_cpu_is_refused_in_the_words_that_we_know(self):
         with pytest.raises(Exception, match="CPU EP") as refused:
             self.opened("AzureExecutionProvider", disable_cpu_ep_fallback="1")
@@ -157,11 +172,13 @@ class TestOnnxRuntimesOwnWords:
         assert type(refused.value).__mro__[1] is Exception  # hence `except Exception`
         assert onnxruntime_cuda._NO_FALLBACK == "session.disable_cpu_ep_fallback"
 
+    @AZURE
     def test_the_cpu_by_name_would_be_a_contradiction(self):
         with pytest.raises(Exception, match="Conflicting session configuration") as refused:
             self.opened("AzureExecutionProvider", "CPUExecutionProvider", disable_cpu_ep_fallback="1")
         assert str(refused.value) == fake_onnxruntime.CONTRADICTION
 
+    @AZURE
     def test_which_nodes_fell_back_is_told_when_that_is_asked_for(self):
         if not hasattr(SESSION, "get_provider_graph_assignment_info"):
             pytest.skip("wants ONNX Runtime 1.24 or later")
@@ -173,6 +190,7 @@ class TestOnnxRuntimesOwnWords:
         assert (part.ep_name, node.op_type) == ("CPUExecutionProvider", "Add")
         assert isinstance(node.name, str)
 
+    @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="wants onnxruntime for CPUs")
     def test_a_provider_that_is_not_in_the_package_is_left_out_with_a_warning_only(self):
         with pytest.warns(UserWarning, match="^Specified provider 'CUDAExecutionProvider' is not in available"):
             session = self.opened("CUDAExecutionProvider")

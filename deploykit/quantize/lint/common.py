@@ -134,7 +134,7 @@ def passing_rescaled(_view: View, node: ir.Node) -> str:
 @rule(
     "note",
     cost="an x86 CPU without an int8 dot product (VNNI) adds two products in 16 bits, which saturate: other answers than here",
-    fix="for any x86 CPU, 7-bit weights: deploykit export NETWORK --int8 --cpu any; deploykit parity RUN --isa haswell proves it",
+    fix="7-bit weights: deploykit export NETWORK --to RUNTIME --int8 --cpu any --calibrate DIR, and parity RUN --isa haswell",
     of_graph=True,
 )
 def weights_of_eight_bits(view: View, _node: ir.Node) -> str:
@@ -143,7 +143,7 @@ def weights_of_eight_bits(view: View, _node: ir.Node) -> str:
     layers = [node for node in view.nodes if is_int8(view, node) and not _is_depthwise(node)]
     found = [largest for node in layers if (largest := _largest_weight(node)) is not None]
     large = sum(largest > _FITS for largest in found)
-    return f"{large} of {len(found)} int8 layers have weights beyond {_FITS}" if large else ""
+    return f"{large} of {len(found)} layers between Q/DQ have weights beyond {_FITS}" if large else ""
 
 
 def is_quantized(view: View) -> bool:
