@@ -517,6 +517,12 @@ def run_openvino(model: onnx.ModelProto) -> tuple[np.ndarray, list[str]]:
     return compiled([image])[0], kinds
 
 
+def literally_and_by_openvino(model: onnx.ModelProto, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The literal graph's answer, OpenVINO's, and what that multiplies."""
+    literal, _ = run(model, optimise=False, written=folder / "literal.onnx")
+    return literal, *run_openvino(model)
+
+
 def by_openvino(*rules: str) -> list[Planted]:
     return [case for case in BY_OPENVINO if case.rule in rules]
 
@@ -527,10 +533,7 @@ class TestOpenVinoDoesWhatTheRulesSay:
         "case", [Planted("Conv", ""), *(case for name, case in ALLOWED if name == "openvino")], ids=lambda case: case.rule
     )
     def test_what_is_allowed_multiplies_integers_and_answers_as_it_says(self, tmp_path, case):
-        model = case.model(*BASES["openvino"])
-
-        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
-        answer, kinds = run_openvino(model)
+        literal, answer, kinds = literally_and_by_openvino(case.model(*BASES["openvino"]), tmp_path)
 
         assert set(kinds) <= {"u8", "i8"}
         assert kinds
@@ -550,10 +553,7 @@ class TestOpenVinoDoesWhatTheRulesSay:
         ids=str,
     )
     def test_what_is_slow_multiplies_floats_and_answers_as_it_says(self, tmp_path, case):
-        model = case.model(*BASES["openvino"])
-
-        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
-        answer, kinds = run_openvino(model)
+        literal, answer, kinds = literally_and_by_openvino(case.model(*BASES["openvino"]), tmp_path)
 
         assert "f32" in kinds
         assert (np.abs(literal - answer) > 1e-3).mean() < 0.001  # a sum on the edge of a step
@@ -567,10 +567,7 @@ class TestOpenVinoDoesWhatTheRulesSay:
         ids=str,
     )
     def test_what_is_wrong_answers_otherwise_than_the_graph_says(self, tmp_path, case):
-        model = case.model(*BASES["openvino"])
-
-        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
-        answer, _ = run_openvino(model)
+        literal, answer, _ = literally_and_by_openvino(case.model(*BASES["openvino"]), tmp_path)
 
         assert not np.allclose(literal, answer)
 
@@ -580,10 +577,9 @@ class TestOpenVinoDoesWhatTheRulesSay:
             run_openvino(case.model(*BASES["openvino"]))
 
     def test_weights_of_eight_bits_saturate_where_the_cpu_has_no_int8_dot_product(self, tmp_path):
-        model = by_openvino("weights-of-eight-bits")[0].model(*BASES["openvino"])
+        (full, _) = by_openvino("weights-of-eight-bits")
 
-        literal, _ = run(model, optimise=False, written=tmp_path / "a.onnx")
-        answer, _ = run_openvino(model)
+        literal, answer, _ = literally_and_by_openvino(full.model(*BASES["openvino"]), tmp_path)
 
         assert np.allclose(literal, answer, rtol=1e-5, atol=1e-4) == has_int8_dot_product(cpu_features())
 
